@@ -1,0 +1,60 @@
+"""What every adapter can do, whatever its algebra."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+class Adapter(ABC):
+    """The change one LoRA makes to one weight: named factors, a scale and a delta.
+
+    Adapters are values: none of their tensors is ever written to.
+    """
+
+    ALGEBRA: ClassVar[str]  # its name in receipts
+    REQUIRED: ClassVar[frozenset[str]]  # factors without which there is no adapter
+    OPTIONAL: ClassVar[frozenset[str]]
+
+    alpha: float | None  # as stored; None where the file says nothing
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """How many directions the update has at most."""
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """What the product of the factors is multiplied with before the user's strength."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, factors: Mapping[str, Tensor]) -> Self:
+        """From factors by name. Raises ShapeError or AdapterError if they do not fit each other."""
+
+    @abstractmethod
+    def require_fit(self, shape: tuple[int, ...]) -> None:
+        """Raises ShapeError unless the delta fits a weight (or band) of this shape; multiplies nothing."""
+
+    @abstractmethod
+    def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW at strength 1 for a weight (or band) of this shape, computed in dtype."""
+
+    @abstractmethod
+    def energy(self) -> float:
+        """‖ΔW‖² at strength 1 (Frobenius)."""
+
+    @property
+    @abstractmethod
+    def idle(self) -> bool:
+        """True where ΔW is zero: an untrained module, or the zero tail of an interrupted download."""
+
+    @abstractmethod
+    def swapped(self) -> Self:
+        """The adapter whose delta has the two halves of its rows exchanged."""

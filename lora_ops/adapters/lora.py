@@ -1,0 +1,84 @@
+"""LoRA: ΔW = scale · up · down, for linear and convolution weights.
+
+Hu et al. 2021 (https://arxiv.org/abs/2106.09685); convolutions as in kohya's LoCon and PEFT: the kernel stays
+in `down`, `up` is 1×1. Scale is alpha / rank; a file without alpha means scale 1, as in diffusers and ComfyUI.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from .. import algebra
+from ..errors import AdapterError, ShapeError
+from .base import Adapter
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Adapter):
+    ALGEBRA = "LoRA"
+    REQUIRED = frozenset({"up", "down"})
+    OPTIONAL = frozenset({"alpha"})
+
+    up: Tensor  # (out, rank, 1…)
+    down: Tensor  # (rank, in, kernel…)
+    alpha: float | None = None
+
+    @classmethod
+    def build(cls, factors: Mapping[str, Tensor]) -> Self:
+        up, down = factors["up"], factors["down"]
+        for name, factor in (("up", up), ("down", down)):
+            if not factor.is_floating_point():
+                raise AdapterError(f"{name} is {factor.dtype}, not a float type", remedy="Convert the file.")
+            if factor.ndim < 2 or 0 in factor.shape:
+                raise ShapeError(f"{name} has the shape {tuple(factor.shape)}, which is no matrix")
+        if up.shape[1] != down.shape[0] or math.prod(up.shape[2:]) != 1:
+            raise ShapeError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not share one rank")
+        return cls(up, down, _alpha(factors.get("alpha")))
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank; an alpha of 0 means "alpha = rank" to the trainers that write it (kohya, LyCORIS)."""
+        return 1.0 if not self.alpha else self.alpha / self.rank
+
+    def require_fit(self, shape: tuple[int, ...]) -> None:
+        rows, inputs, kernel = shape[0], shape[1] if len(shape) > 1 else 1, shape[2:]
+        fits = self.up.shape[0] == rows and self.down.shape[1] == inputs
+        # A 1×1 kernel is written as a matrix by some trainers and read as one by others.
+        if not fits or _kernel(self.down.shape[2:]) != _kernel(kernel):
+            found = (self.up.shape[0], *self.down.shape[1:])
+            raise ShapeError(f"makes an update of {found}, the weight has {shape}", found=found, expected=shape)
+
+    def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        return (self.scale * algebra.product(self.up.to(dtype), self.down.to(dtype))).reshape(shape)
+
+    def energy(self) -> float:
+        return self.scale**2 * algebra.energy(self.up, self.down)
+
+    @property
+    def idle(self) -> bool:
+        return not (self.up.any() and self.down.any())
+
+    def swapped(self) -> Self:
+        return replace(self, up=algebra.swap_halves(self.up))
+
+
+def _kernel(shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
+    return () if math.prod(shape) == 1 else tuple(shape)
+
+
+def _alpha(tensor: Tensor | None) -> float | None:
+    if tensor is None:
+        return None
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise ShapeError(f"alpha has the shape {tuple(tensor.shape)}, it should be one number")
+    return float(tensor)

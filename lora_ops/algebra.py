@@ -1,0 +1,26 @@
+"""Algebra of low-rank products: ΔW = up · down, without building ΔW where that can be avoided."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def product(up: Tensor, down: Tensor) -> Tensor:
+    """ΔW of a pair of factors, flattened: (out, rank, 1…) · (rank, in, kernel…) -> (out, in·kernel…)."""
+    return torch.mm(up.flatten(1), down.flatten(1))
+
+
+def energy(up: Tensor, down: Tensor) -> float:
+    """‖up · down‖² (Frobenius) from two rank × rank Gram matrices, in float64.
+
+    trace((upᵀ up)(down downᵀ)): rank² (out + in) operations where the product would take rank · out · in.
+    """
+    up, down = up.flatten(1).double(), down.flatten(1).double()
+    return float(((up.T @ up) * (down @ down.T)).sum())
+
+
+def swap_halves(rows: Tensor) -> Tensor:
+    """The tensor with the two halves of its rows exchanged (scale/shift order differs between model formats)."""
+    first, second = rows.chunk(2)
+    return torch.cat((second, first))

@@ -1,0 +1,59 @@
+"""Families: the names of each kind of model, as tables.
+
+To add a family: write a file beside `flux.py` (its rows, its published shapes, how to recognise it) and name
+the Family in `FAMILIES` below; put a key -> shape listing of the real model in `tests/keys/`. The laws in
+`tests/laws/` then hold it to account.
+"""
+
+from __future__ import annotations
+
+from .base import Component, Family, Place, Shapes, identical, under
+from .flux import FLUX
+from .text import CLIP_G, CLIP_L, T5_SECOND
+from .unet import SD15, SDXL
+
+FAMILIES: tuple[Family, ...] = (SD15, SDXL, FLUX)
+
+# A model that no table knows still has its own names, and the text encoders it shares with others.
+UNKNOWN = Family(
+    "unknown",
+    "a model of an unknown family",
+    components=(
+        Component(
+            part="model",
+            places=lambda shapes: (place._replace(diffusers=None) for place in identical(shapes)),
+            published=dict,
+            sources=("diffusion_model.", "model.diffusion_model."),
+            prefixes={"comfy": ("diffusion_model.",), "kohya": ("lora_unet_",)},
+        ),
+        CLIP_L,
+        CLIP_G,
+        T5_SECOND,
+    ),
+    recognises=lambda shapes: False,
+)
+
+
+def recognise(shapes: Shapes) -> Family:
+    """The family of these weights (a model's, a checkpoint's, or a text encoder's alone), else UNKNOWN."""
+    for family in FAMILIES:
+        denoiser = next(component for component in family.components if component.part == "model")
+        if any(family.recognises(under(shapes, prefix)) for prefix in denoiser.sources):
+            return family
+    if located(UNKNOWN.components[0], shapes) is None:  # text encoders alone: the family that has just these
+        present = [component.sources for component in (CLIP_L, CLIP_G, T5_SECOND) if located(component, shapes)]
+        for family in FAMILIES:
+            if present and present == [part.sources for part in family.components if part.part == "clip"]:
+                return family
+    return UNKNOWN
+
+
+def located(component: Component, shapes: Shapes) -> tuple[str, Shapes] | None:
+    """The prefix under which a component's weights are, and these weights without it; None if it is absent."""
+    for prefix in component.sources:
+        if inside := under(shapes, prefix):
+            return prefix, inside
+    return None
+
+
+__all__ = ["FAMILIES", "UNKNOWN", "Component", "Family", "Place", "Shapes", "located", "recognise", "under"]

@@ -1,0 +1,125 @@
+"""FLUX.1 (dev, schnell): Black Forest Labs' names and diffusers', which splits the fused projections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from .base import Component, Family, Row, Shapes, table
+from .text import CLIP_L, T5_SECOND
+
+
+def _stream(native: str, attention: str, feed_forward: str, norm: str, projections: str, output: str) -> Iterator[Row]:
+    """One stream (image or text) of a double block."""
+    block, diffusers = "double_blocks.{}", "transformer_blocks.{}"
+    names = tuple(f"{diffusers}.attn.{projections.format(name)}" for name in "qkv")
+    yield Row(f"{block}.{native}_attn.qkv", names)
+    yield Row(f"{block}.{native}_attn.proj", (f"{diffusers}.attn.{output}",))
+    yield Row(f"{block}.{native}_mlp.0", (f"{diffusers}.{feed_forward}.net.0.proj",))
+    yield Row(f"{block}.{native}_mlp.2", (f"{diffusers}.{feed_forward}.net.2",))
+    yield Row(f"{block}.{native}_mod.lin", (f"{diffusers}.{norm}.linear",))
+    yield Row(f"{block}.{native}_attn.norm.query_norm", (f"{diffusers}.attn.{attention.format('q')}",))
+    yield Row(f"{block}.{native}_attn.norm.key_norm", (f"{diffusers}.attn.{attention.format('k')}",))
+
+
+_SINGLE, _DIFFUSERS = "single_blocks.{}", "single_transformer_blocks.{}"
+_EMBEDDER = "time_text_embed.{}_embedder.linear_{}"
+
+ROWS = (
+    *_stream("img", "norm_{}", "ff", "norm1", "to_{}", "to_out.0"),
+    *_stream("txt", "norm_added_{}", "ff_context", "norm1_context", "add_{}_proj", "to_add_out"),
+    Row(
+        f"{_SINGLE}.linear1",
+        (*(f"{_DIFFUSERS}.attn.to_{name}" for name in "qkv"), f"{_DIFFUSERS}.proj_mlp"),
+    ),
+    Row(f"{_SINGLE}.linear2", (f"{_DIFFUSERS}.proj_out",)),
+    Row(f"{_SINGLE}.modulation.lin", (f"{_DIFFUSERS}.norm.linear",)),
+    Row(f"{_SINGLE}.norm.query_norm", (f"{_DIFFUSERS}.attn.norm_q",)),
+    Row(f"{_SINGLE}.norm.key_norm", (f"{_DIFFUSERS}.attn.norm_k",)),
+    Row("img_in", ("x_embedder",)),
+    Row("txt_in", ("context_embedder",)),
+    *(
+        Row(f"{native}_in.{layer}_layer", (_EMBEDDER.format(name, number),))
+        for native, name in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
+        for layer, number in (("in", 1), ("out", 2))
+    ),
+    Row("final_layer.linear", ("proj_out",)),
+    # Black Forest Labs store shift before scale, diffusers scale before shift.
+    Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap=True),
+)
+
+
+def shapes(
+    *,
+    hidden: int = 3072,
+    double: int = 19,
+    single: int = 38,
+    context: int = 4096,
+    vector: int = 768,
+    guidance: bool = True,
+) -> Shapes:
+    """The weights of a FLUX.1 transformer: dev with guidance, schnell without."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, inputs: int, outputs: int) -> None:
+        found[f"{name}.weight"] = (outputs, inputs)
+        found[f"{name}.bias"] = (outputs,)
+
+    def norms(name: str) -> None:
+        for norm in ("query_norm", "key_norm"):
+            found[f"{name}.{norm}.weight"] = (128,)  # the size of a head
+
+    linear("img_in", 64, hidden)
+    linear("txt_in", context, hidden)
+    for name, inputs in (("time", 256), ("vector", vector), *((("guidance", 256),) if guidance else ())):
+        linear(f"{name}_in.in_layer", inputs, hidden)
+        linear(f"{name}_in.out_layer", hidden, hidden)
+    for number in range(double):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{number}.{stream}"
+            linear(f"{block}_mod.lin", hidden, hidden * 6)
+            linear(f"{block}_attn.qkv", hidden, hidden * 3)
+            norms(f"{block}_attn.norm")
+            linear(f"{block}_attn.proj", hidden, hidden)
+            linear(f"{block}_mlp.0", hidden, hidden * 4)
+            linear(f"{block}_mlp.2", hidden * 4, hidden)
+    for number in range(single):
+        block = f"single_blocks.{number}"
+        linear(f"{block}.linear1", hidden, hidden * 7)
+        linear(f"{block}.linear2", hidden * 5, hidden)
+        norms(f"{block}.norm")
+        linear(f"{block}.modulation.lin", hidden, hidden * 3)
+    linear("final_layer.linear", hidden, 64)
+    linear("final_layer.adaLN_modulation.1", hidden, hidden * 2)
+    return found
+
+
+def _recognises(shapes: Shapes) -> bool:
+    """FLUX.2 shares its modulation between blocks, Chroma has none of its own."""
+    return (
+        "double_blocks.0.img_attn.qkv.weight" in shapes
+        and "double_blocks.0.img_mod.lin.weight" in shapes
+        and "vector_in.in_layer.weight" in shapes
+    )
+
+
+FLUX = Family(
+    "flux",
+    "FLUX.1",
+    components=(
+        Component(
+            part="model",
+            places=table(ROWS),
+            published=shapes,
+            sources=("diffusion_model.", "model.diffusion_model.", ""),
+            prefixes={
+                "comfy": ("diffusion_model.",),
+                "kohya": ("lora_unet_",),
+                "diffusers": ("transformer.",),
+                "peft": ("base_model.model.",),
+            },
+        ),
+        CLIP_L,
+        T5_SECOND,
+    ),
+    recognises=_recognises,
+)

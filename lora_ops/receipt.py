@@ -1,0 +1,131 @@
+"""Receipt: a Landing told to a person, as data and as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import shown
+from .families import FAMILIES
+from .landing import Landing, RowLanding
+from .lora import Lora, Refusal
+
+VERSION = 1
+FIRST = 5  # names listed per reason
+TITLES = {family.name: family.title for family in FAMILIES}
+MARKS = {True: "✓", False: "!"}
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What was done, as data (for JSON) and as text (for a node or a terminal)."""
+
+    data: Mapping[str, Any]
+    text: str
+
+
+def receipt(landing: Landing, seconds: float) -> Receipt:
+    """The receipt of a landing that took so many seconds. The host patches weights later, when it samples."""
+    rows = [_row(row, landing) for row in landing.rows]
+    data = {
+        "version": VERSION,
+        "family": landing.family,
+        "connected": sorted(landing.parts),
+        "rows": rows,
+        "weights": len(landing.pieces),
+        "landing_seconds": round(seconds, 4),
+    }
+    head = f"{TITLES.get(landing.family, 'unknown family')}: {len(landing.pieces)} weights changed"
+    return Receipt(data, "\n".join([head, *(line for row in rows for line in _lines(row))]))
+
+
+def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:
+    lora = row.entry.lora
+    used = {part: row.entry.strengths[part] for part in sorted(landing.parts)}
+    return {
+        "lora": lora.name,
+        "strength": used,
+        "dialect": most(named.dialect for named in row.landed.values()),
+        "parts": {
+            part: {"matched": row.matched(part), "total": row.matched(part) + row.refused_parts.get(part, 0)}
+            for part in sorted(landing.parts)
+        },
+        "matched": len(row.landed),
+        "total": row.total,
+        "coverage": round(row.coverage, 6),
+        "unconnected": {part: len(modules) for part, modules in row.unconnected.items()},
+        "refused": by_reason(row.refused),
+        "energy_landed": _energy_landed(row),
+        "idle": sum(lora.modules[module].idle for module in row.landed),
+        **numbers(lora, row.landed),
+    }
+
+
+def numbers(lora: Lora, modules: Iterable[str]) -> dict[str, Any]:
+    """Algebra, rank, alpha source and scale of these modules, as value -> how many have it."""
+    adapters = [lora.modules[module] for module in modules]
+    return {
+        "algebra": _tally(adapter.ALGEBRA for adapter in adapters),
+        "rank": _tally(adapter.rank for adapter in adapters),
+        "alpha": _tally("none, scale 1" if adapter.alpha is None else "tensor" for adapter in adapters),
+        "scale": _tally(f"{adapter.scale:.6g}" for adapter in adapters),
+    }
+
+
+def by_reason(refused: Iterable[Refusal]) -> list[dict[str, Any]]:
+    """Refusals grouped by reason, with the first names."""
+    groups: dict[str, list[str]] = {}
+    for module, reason in refused:
+        groups.setdefault(reason, []).append(module)
+    return [
+        {
+            "reason": shown(reason),
+            "count": len(modules),
+            "first": [shown(module) for module in modules[:FIRST]],
+        }
+        for reason, modules in sorted(groups.items(), key=lambda group: -len(group[1]))
+    ]
+
+
+def most(values: Iterable[str]) -> str | None:
+    """The most frequent value, None of none."""
+    common = Counter(values).most_common(1)
+    return common[0][0] if common else None
+
+
+def _tally(values: Iterable[object]) -> dict[str, int]:
+    return {str(value): count for value, count in Counter(values).most_common()}
+
+
+def _energy_landed(row: RowLanding) -> float | None:
+    """Share of ‖ΔW‖² that landed, among the modules that could be read; None where none of them says anything.
+
+    Modules for a part that is not connected do not count. Without refusals there is nothing to compute.
+    """
+    if not row.refused:
+        return 1.0 if row.landed else None
+    modules = row.entry.lora.modules
+    landed = sum(modules[module].energy() for module in row.landed)
+    lost = sum(modules[module].energy() for module, _ in row.refused if module in modules)
+    return round(landed / (landed + lost), 6) if landed + lost else None
+
+
+def _lines(row: Mapping[str, Any]) -> Iterable[str]:
+    strengths = ", ".join(f"{part} {strength:g}" for part, strength in row["strength"].items())
+    yield f"{MARKS[row['matched'] == row['total'] and row['matched'] > 0]} {shown(row['lora'])} ({strengths})"
+    parts = ", ".join(f"{part} {n['matched']}/{n['total']}" for part, n in row["parts"].items() if n["total"])
+    counts = f"{row['matched']} of {row['total']} modules landed{f' ({parts})' if parts else ''}"
+    yield f"   {counts}; {row['dialect'] or 'no dialect'}"
+    if row["matched"]:
+        scale = ", ".join(row["scale"])
+        yield f"   rank {', '.join(row['rank'])}; scale {scale}, alpha from: {', '.join(row['alpha'])}"
+    if row["energy_landed"] is not None and row["energy_landed"] < 1:
+        yield f"   {row['energy_landed']:.1%} of the update's energy landed"
+    if row["idle"]:
+        yield f"   {row['idle']} of the landed modules are all zero: untrained, or the file is incomplete"
+    for part, count in row["unconnected"].items():
+        yield f"   {count} modules for {part}, which is not connected"
+    for group in row["refused"]:
+        yield f"   {group['count']} refused: {group['reason']} (first: {group['first'][0]})"
