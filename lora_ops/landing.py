@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter
+from .adapters import Adapter, fused
 from .dialects import published_map, published_maps
 from .errors import ShapeError, TargetError, shown
 from .families import FAMILIES
@@ -23,6 +25,18 @@ class Piece:
     adapter: Adapter
     band: Band | None
     strength: float
+
+    def packed(self) -> tuple[Any, ...]:
+        """The piece as plain tuples of tensors and numbers, for those who move tensors without knowing pieces."""
+        band = None if self.band is None else (self.band.start, self.band.length)
+        return type(self.adapter), self.adapter.packed(), band, self.strength
+
+    @classmethod
+    def unpacked(cls, packed: tuple[Any, ...], move: Callable[[Tensor], Tensor]) -> Piece:
+        """The inverse of packed, each tensor passed through move."""
+        algebra, fields, band, strength = packed
+        moved = (move(value) if isinstance(value, Tensor) else value for value in fields)
+        return cls(algebra(*moved), None if band is None else Band(*band), strength)
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,10 +210,20 @@ def _not_covered(row: RowLanding, landing: Landing, minimum: float) -> TargetErr
     return TargetError(what, file=lora.name, remedy=remedy, guess=likely and likely.family, **facts)
 
 
-def merged(weight: Tensor, pieces: Iterable[Piece]) -> Tensor:
+def merged(weight: Tensor, pieces: Sequence[Piece]) -> Tensor:
     """W + Σ strength · ΔW in float32, rounded once to the weight's dtype. The weight is not changed."""
     total = weight.to(torch.float32, copy=True)
-    for piece in pieces:
-        rows = total if piece.band is None else total.narrow(0, piece.band.start, piece.band.length)
-        rows += piece.strength * piece.adapter.delta(tuple(rows.shape))
+    add_(total, pieces)
     return total.to(weight.dtype)
+
+
+def add_(weight: Tensor, pieces: Sequence[Piece], strength: float = 1.0) -> None:
+    """Add strength · Σ pieces to a weight in place, each band in one pass."""
+    for (start, length), there in groupby(sorted(pieces, key=_rows), key=_rows):
+        rows = weight.narrow(0, start, length) if length else weight
+        for adapter, factor in fused([(piece.adapter, piece.strength * strength) for piece in there], weight.dtype):
+            adapter.add_(rows, factor)
+
+
+def _rows(piece: Piece) -> tuple[int, int]:
+    return (0, 0) if piece.band is None else (piece.band.start, piece.band.length)

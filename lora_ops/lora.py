@@ -128,10 +128,15 @@ class TargetMap:
 
 
 def read_lora(path: str) -> Lora:
-    """The LoRA in a file; what cannot be understood is in `leftover`.
+    """The LoRA in a file; what cannot be understood is in `leftover`. Raises FileError like read_file."""
+    return from_file(read_file(path))
 
-    Raises FileError (see files.read), also for a file in which nothing looks like a LoRA: a checkpoint is
-    refused by its header, before gigabytes of it are read.
+
+def read_file(path: str) -> TensorFile:
+    """The tensors of a LoRA file.
+
+    Raises FileError (see files.read), also for a file in which nothing looks like a LoRA: a checkpoint is refused by
+    its header, before gigabytes of it are read.
     """
     names = read_header(path, LORA).entries
     if not any(factor for _, factor in map(split, names)):
@@ -141,7 +146,7 @@ def read_lora(path: str) -> Lora:
             file=path,
             remedy="Choose a LoRA file; a checkpoint belongs in a checkpoint loader.",
         )
-    return from_file(read(path))
+    return read(path)
 
 
 def from_file(file: TensorFile) -> Lora:

@@ -6,12 +6,14 @@ To add an algebra: write its class beside `lora.py` (an `Adapter` with `FACTORS`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
+import torch
 from torch import Tensor
 
 from ..errors import AdapterError
-from .base import Adapter
+from .base import Adapter, Term
 from .lora import LowRank
 
 ALGEBRAS: tuple[type[Adapter], ...] = (LowRank,)
@@ -35,4 +37,10 @@ def build(factors: Mapping[str, Tensor]) -> Adapter:
     raise AdapterError(f"has {', '.join(foreign)}: no algebra of this version applies it")
 
 
-__all__ = ["ALGEBRAS", "Adapter", "LowRank", "build"]
+def fused(terms: Sequence[Term], dtype: torch.dtype) -> Iterator[Term]:
+    """Terms (adapter, strength) on one weight, in order, with neighbours of one algebra made one where they can be."""
+    for algebra, there in groupby(terms, key=lambda term: type(term[0])):
+        yield from algebra.join(list(there), dtype)
+
+
+__all__ = ["ALGEBRAS", "Adapter", "LowRank", "build", "fused"]

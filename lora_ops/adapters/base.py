@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,19 @@ class Adapter(ABC):
     def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """ΔW at strength 1 for a weight (or band) of this shape, computed in dtype."""
 
+    def add_(self, rows: Tensor, strength: float) -> None:
+        """Add strength · ΔW to a weight (or band) in place, computed in its dtype."""
+        rows += strength * self.delta(tuple(rows.shape), rows.dtype)
+
+    @classmethod
+    def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
+        """Terms (adapter, strength) of this algebra on one weight, as fewer with the same sum where that is cheaper."""
+        return terms
+
+    @abstractmethod
+    def packed(self) -> tuple[Any, ...]:
+        """The arguments that make this adapter again: tensors and numbers."""
+
     @abstractmethod
     def energy(self) -> float:
         """‖ΔW‖² at strength 1 (Frobenius)."""
@@ -58,3 +71,6 @@ class Adapter(ABC):
     @abstractmethod
     def swapped(self) -> Self:
         """The adapter whose delta has the two halves of its rows exchanged."""
+
+
+Term = tuple[Adapter, float]  # an adapter and its strength

@@ -7,7 +7,7 @@ in `down`, `up` is 1×1. Scale is alpha / rank; a file without alpha means scale
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from .. import algebra
 from ..errors import AdapterError, ShapeError
-from .base import Adapter
+from .base import Adapter, Term
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,27 @@ class LowRank(Adapter):
 
     def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         return (self.scale * algebra.product(self.up.to(dtype), self.down.to(dtype))).reshape(shape)
+
+    def add_(self, rows: Tensor, strength: float) -> None:
+        """One pass over the weight: the product is never built."""
+        flat = rows.reshape(rows.shape[0], -1)
+        up, down = self.up.flatten(1).to(rows.dtype), self.down.flatten(1).to(rows.dtype)
+        flat.addmm_(up, down, alpha=strength * self.scale)
+        if flat.data_ptr() != rows.data_ptr():  # memory that cannot be seen as a matrix (channels last)
+            rows.copy_(flat.reshape(rows.shape))
+
+    @classmethod
+    def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
+        """One LoRA of all the ranks: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …], scales and strengths in up."""
+        if len(terms) < 2:
+            return terms
+        pairs = [(adapter, strength) for adapter, strength in terms if isinstance(adapter, LowRank)]
+        up = torch.cat([a.up.flatten(1).to(dtype) * (a.scale * strength) for a, strength in pairs], dim=1)
+        down = torch.cat([a.down.flatten(1).to(dtype) for a, _ in pairs])
+        return [(cls(up, down), 1.0)]
+
+    def packed(self) -> tuple[Tensor, Tensor, float | None]:
+        return self.up, self.down, self.alpha
 
     def energy(self) -> float:
         return self.scale**2 * algebra.energy(self.up, self.down)

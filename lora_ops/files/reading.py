@@ -33,12 +33,12 @@ _NON_FINITE_BITS = {
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A file's tensors, copied into memory, with its metadata. source is "" for what came over a wire."""
+    """A file's tensors, copied into memory, with its metadata."""
 
     source: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    identity: Identity | None = None
+    identity: Identity | None = None  # None for what came over a wire
 
 
 def identity(path: str | os.PathLike[str]) -> Identity:

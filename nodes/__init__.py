@@ -1,0 +1,20 @@
+"""The nodes: thin, one file a subject. To add one: write its class, name it in `NODES`.
+
+A node's id and the order of its inputs are frozen once released: workflows store values by position. New inputs are
+appended; a changed meaning is a new node.
+"""
+
+from .host.api import ComfyExtension
+from .loading import LoraOpsLoad, LoraOpsTriggerWords
+from .patching import LoraOpsApply
+from .stacking import LoraOpsStack
+
+NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords)
+
+
+def extension() -> ComfyExtension:
+    class LoraOps(ComfyExtension):
+        async def get_node_list(self):
+            return list(NODES)
+
+    return LoraOps()

@@ -1,0 +1,93 @@
+"""Nodes that put several LoRAs on a model."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from ..lora_ops.errors import LoraOpsError
+from ..lora_ops.landing import land, require_coverage
+from ..lora_ops.receipt import receipt
+from ..lora_ops.report import joined, trigger_words
+from ..lora_ops.stack import Entry, finite, parse
+from .host import caches, names, patching
+from .host.api import ExecutionBlocker, io
+from .sockets import rows_of, wire_of
+from .widgets import LoraStackType, min_coverage, mode, told
+
+EMPTY = '{"version":1,"rows":[]}'
+
+
+class LoraOpsStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoraOpsStack",
+            display_name="LoRA Stack (LoRA Ops)",
+            category="model/loaders",
+            description="Puts any number of LoRAs on a model, in order, and says what landed of each.",
+            search_aliases=["lora", "lora stack", "power lora", "multi lora", "lora loader"],
+            inputs=[
+                io.String.Input(
+                    "stack",
+                    multiline=True,
+                    default=EMPTY,
+                    tooltip="The LoRAs: lines like <lora:style/ink:0.8> or <lora:style/ink:0.8:0.6> (model, CLIP), or "
+                    '{"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,"clip":0.6}]}.',
+                ),
+                io.Model.Input("model", optional=True, tooltip="The diffusion model; the input itself stays as it is."),
+                io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),
+                LoraStackType.Input(
+                    "lora_stack", optional=True, tooltip="Rows from another stack node; they come before these."
+                ),
+                min_coverage(),
+                mode(),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The model with all rows that are on."),
+                io.Clip.Output(display_name="CLIP", tooltip="The text encoder with all rows that are on."),
+                LoraStackType.Output(display_name="LORA_STACK", tooltip="The incoming rows, then these."),
+                io.String.Output(display_name="trigger_words", tooltip="The words of all rows, separated by commas."),
+                io.String.Output(display_name="receipt", tooltip="What landed and what did not, row by row, as JSON."),
+            ],
+            has_intermediate_output=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, stack=None):
+        try:
+            return all(names.path_of(row.name) for row in parse(stack or "") if row.on)
+        except LoraOpsError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, stack="", **inputs):
+        """A wired text or stack is None here: then any changed LoRA file counts."""
+        if stack is None or "lora_stack" in inputs:
+            return names.fingerprint_of_all()
+        return names.fingerprint([row.name for row in parse(stack) if row.on])
+
+    @classmethod
+    def execute(cls, stack, min_coverage, mode, model=None, clip=None, lora_stack=None):
+        rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
+        entries = [Entry(caches.load(row.name).lora, row.strengths) for row in rows]
+        start = time.perf_counter()
+        landing = land(entries, patching.targets(model, clip))
+        if landing.parts:
+            require_coverage(landing, finite(min_coverage, "min_coverage"))
+        found = receipt(landing, time.perf_counter() - start)
+        words = joined(list(dict.fromkeys(word for entry in entries for word in trigger_words(entry.lora.metadata))))
+        model, clip = patching.patched(landing, model, clip)
+        return io.NodeOutput(
+            _or_blocked(model, "MODEL"),
+            _or_blocked(clip, "CLIP"),
+            wire_of(rows),
+            words,
+            json.dumps(found.data, ensure_ascii=False),
+            ui=told(found.data, found.text),
+        )
+
+
+def _or_blocked(value, name):
+    """An output whose input is not connected stops what is connected to it, with the reason."""
+    return ExecutionBlocker(f"LoRA Stack: connect a {name} to get one out.") if value is None else value

@@ -1,0 +1,39 @@
+"""Inputs and results that several nodes share, so that they read and behave alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from .host.api import io
+
+LoraModelType = io.Custom("LORA_MODEL")
+LoraStackType = io.Custom("LORA_STACK")
+STRENGTH = {"min": -100.0, "max": 100.0, "step": 0.01}
+
+
+def min_coverage() -> io.Input:
+    return io.Float.Input(
+        "min_coverage",
+        default=0.9,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Stop with an error if a smaller share of a LoRA's modules fits the connected parts "
+        "(0 to 1). 0.9 lets a few stray modules pass; lower it only to use what fits of a LoRA for another variant.",
+    )
+
+
+def mode() -> io.Input:
+    return io.Combo.Input(
+        "mode",
+        options=["patch"],
+        default="patch",
+        tooltip="How the update reaches the weights. patch: added when the model is loaded, at no cost per step.",
+    )
+
+
+def told(data: Mapping[str, Any], text: str) -> dict[str, list[str]]:
+    """The ui of a result: the text that the node shows, and its data."""
+    return {"text": [text], "lora_ops": [json.dumps(data, ensure_ascii=False)]}
