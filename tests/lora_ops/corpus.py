@@ -1,0 +1,338 @@
+"""A corpus of bad, odd and good files, each row made by a function: no binaries in git."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+
+MIB = 1 << 20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
+# The bits of NaN and of both infinities by dtype; e4m3fn has no infinity and two NaNs.
+NON_FINITE = {
+    "F64": (0x7FF8_0000_0000_0000, 0x7FF0_0000_0000_0000, 0xFFF0_0000_0000_0000),
+    "F32": (0x7FC0_0000, 0x7F80_0000, 0xFF80_0000),
+    "F16": (0x7E00, 0x7C00, 0xFC00),
+    "BF16": (0x7FC0, 0x7F80, 0xFF80),
+    "F8_E4M3": (0x7F, 0xFF),
+    "F8_E5M2": (0x7E, 0x7C, 0xFC),
+}
+PATTERN = bytes(range(16))  # as any of the dtypes: finite
+
+
+class Bad(NamedTuple):
+    """A file that the reader must refuse, with this phrase in the message."""
+
+    name: str
+    make: Callable[[], bytes]
+    phrase: str
+
+
+class Refused(NamedTuple):
+    """A well-formed file in which this module must be refused, with this phrase in the reason."""
+
+    name: str
+    make: Callable[[], bytes]
+    module: str
+    phrase: str
+
+
+class Good(NamedTuple):
+    """A file that must be read, equal to what the safetensors library reads."""
+
+    name: str
+    make: Callable[[], bytes]
+
+
+def container(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file, however wrong: the header is bytes or what JSON can say, length is what the file claims."""
+    raw = header if isinstance(header, bytes) else json.dumps(header, ensure_ascii=False).encode()
+    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+
+
+def entry(shape: object, *offsets: object, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
+
+
+def packed(tensors: Mapping[str, tuple[str, tuple[int, ...], bytes]], metadata: object = None) -> bytes:
+    """Tensors (dtype, shape, bytes) in the order given, so that they may be misaligned."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
+    data = b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = entry(list(shape), len(data), len(data) + len(content), dtype=dtype)
+        data += content
+    return container(header, data)
+
+
+def tensor_bytes(dtype: str, count: int) -> bytes:
+    return (PATTERN * count)[: count * DTYPES[dtype].itemsize] if dtype != "BOOL" else (b"\0\1" * count)[:count]
+
+
+def lora(
+    module: str = "unet.block", *, alpha: torch.Tensor | None = None, **factors: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """A LoRA's tensors by name; factors replaces up and down."""
+    pair = {"up": torch.linspace(-1, 1, 8).reshape(4, 2), "down": torch.linspace(1, 2, 6).reshape(2, 3)} | factors
+    tensors = {f"{module}.lora_{name}.weight": factor for name, factor in pair.items()}
+    return tensors if alpha is None else tensors | {f"{module}.alpha": alpha}
+
+
+def saved(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Callable[[], bytes]:
+    return lambda: safetensors.torch.save(dict(tensors), None if metadata is None else dict(metadata))
+
+
+def _raw(text: bytes, data: bytes = b"") -> Callable[[], bytes]:
+    return lambda: container(text, data)
+
+
+def _one(value: object, data: bytes = bytes(4)) -> Callable[[], bytes]:
+    return lambda: container({"a": value}, data)
+
+
+def _nest(before: bytes, depth: int, after: bytes) -> Callable[[], bytes]:
+    return lambda: container(before + b"[" * depth + b"]" * depth + after)
+
+
+def _torch_saved() -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(4)}, file)
+    return file.getvalue()
+
+
+def _sparse_names(count: int) -> bytes:
+    names = (b'"%x":{"dtype":"U8","shape":[1],"data_offsets":[%d,%d]}' % (i, i, i + 1) for i in range(count))
+    header = b"{" + b",".join(names) + b"}"
+    return container(header + b" " * 8, bytes(len(header) + MIB))
+
+
+def _twice_after_many(count: int) -> bytes:
+    return container(b"{" + b",".join(b'"%x":0' % i for i in [*range(count), count - 1]) + b"}")
+
+
+GOOD_ENTRY = entry([1], 0, 4)
+GOOD_TEXT = json.dumps(GOOD_ENTRY).encode()
+WHOLE = safetensors.torch.save(lora(), {"note": "a LoRA"})
+
+STRUCTURAL: tuple[Bad, ...] = (
+    # The file as a whole
+    Bad("empty", lambda: b"", "is empty"),
+    Bad("3 bytes", lambda: b"\x10\0\0", "too short"),
+    Bad("only a length", lambda: (0).to_bytes(8, "little"), "too short"),
+    Bad("zeros", lambda: bytes(4096), "too short"),
+    Bad("truncated header", lambda: WHOLE[:40], "cut short"),
+    Bad("truncated data", lambda: WHOLE[:-1], "cut short"),
+    Bad("half the file", lambda: container({"a": entry([MIB], 0, 4 * MIB)}, bytes(2 * MIB)), "cut short"),
+    Bad("header length 2^63", lambda: container(b"{}", length=1 << 63), "over the limit"),
+    Bad("header length 2^64-1", lambda: container(b"{}", length=(1 << 64) - 1), "over the limit"),
+    Bad("header length 101 MB", lambda: container(b"{}", length=101_000_000), "over the limit"),
+    Bad("header length over a LoRA's limit", lambda: container(b"{}", length=16 * MIB + 1), "over the limit"),
+    Bad("header length zero", lambda: container(b"", b"{}", length=0), "too short"),
+    Bad("mostly header", lambda: container(b"{}" + b" " * 2 * MIB), "mostly header"),
+    Bad("trailing bytes", lambda: WHOLE + b"\0", "after its last tensor"),
+    Bad("a second file behind", lambda: WHOLE + WHOLE, "after its last tensor"),
+    # What is no safetensors file at all
+    Bad("pickle", lambda: pickle.dumps({"a": [1.0]}), "pickle"),
+    Bad("pickle with a long body", lambda: pickle.dumps({"a": [1.0] * 1000}, protocol=2), "pickle"),
+    Bad("torch.save", _torch_saved, "pickle or zip"),
+    Bad("LFS pointer", lambda: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+    Bad("HTML", lambda: b"<!DOCTYPE html><html><title>Log in</title></html>", "web page"),
+    Bad("GGUF", lambda: b"GGUF\x03\0\0\0" + bytes(64), "GGUF"),
+    Bad("text", lambda: b"Entry not found", "no safetensors file"),
+    # The header's JSON
+    Bad("list header", _raw(b"[]"), "no JSON object"),
+    Bad("space before the header", _raw(b" {}"), "no JSON object"),
+    Bad("header without end", _raw(b'{"a":'), "no valid JSON"),
+    Bad("two headers", _raw(b"{}{}"), "no valid JSON"),
+    Bad("NUL behind the header", _raw(b"{}\0\0"), "no valid JSON"),
+    Bad("header is not UTF-8", _raw(b'{"\xff\xfe":' + GOOD_TEXT + b"}", bytes(4)), "no valid JSON"),
+    Bad("newline in a name", _raw(b'{"a\nb":' + GOOD_TEXT + b"}", bytes(4)), "no valid JSON"),
+    Bad("deep JSON", _nest(b'{"a":', 100_000, b"}"), "no valid JSON"),
+    Bad("deep JSON as dtype", _nest(b'{"a":{"shape":[1],"data_offsets":[0,4],"dtype":', 500, b"}}"), "lacks its dtype"),
+    Bad("deep JSON as metadata", _nest(b'{"__metadata__":', 200, b"}"), "table of texts"),
+    Bad("NaN literal", _raw(b'{"a":NaN}'), "NaN in its header"),
+    Bad("Infinity literal", _raw(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,-Infinity]}}'), "-Infinity"),
+    Bad("number of 5000 digits", _raw(b'{"a":' + b"9" * 5000 + b"}"), "no valid JSON"),
+    Bad("duplicate names", _raw(b'{"a":%b,"a":%b}' % (GOOD_TEXT, GOOD_TEXT), bytes(4)), "'a' twice"),
+    Bad("duplicate field", _raw(b'{"a":{"dtype":"F32",' + GOOD_TEXT[1:] + b"}", bytes(4)), "'dtype' twice"),
+    Bad("duplicate __metadata__", _raw(b'{"__metadata__":{},"__metadata__":{}}'), "'__metadata__' twice"),
+    Bad("duplicate in metadata", _raw(b'{"__metadata__":{"b":"1","b":"1"}}'), "'b' twice"),
+    Bad("duplicate behind 60,000 names", lambda: _twice_after_many(60_000), "twice"),
+    Bad("too many tensors", lambda: _sparse_names(100_001), "the limit is 100,000"),
+    # Metadata
+    Bad("nested metadata", lambda: container({"__metadata__": {"a": {"b": "c"}}}), "table of texts"),
+    Bad("number in metadata", lambda: container({"__metadata__": {"a": 1}}), "table of texts"),
+    Bad("null metadata", lambda: container({"__metadata__": None}), "table of texts"),
+    Bad("metadata that is a text", lambda: container({"__metadata__": "a"}), "table of texts"),
+    Bad("lone surrogate in metadata", _raw(rb'{"__metadata__":{"a":"\ud800"}}'), "table of texts"),
+    Bad("lone surrogate in a metadata name", _raw(rb'{"__metadata__":{"\udfff":"a"}}'), "table of texts"),
+    # Names
+    Bad("lone surrogate in a name", _raw(rb'{"a\ud800":' + GOOD_TEXT + b"}", bytes(4)), "no text"),
+    Bad("over-long name", lambda: container({"a" * 513: GOOD_ENTRY}, bytes(4)), "at most 512"),
+    # One tensor's fields
+    Bad("missing dtype", _one({"shape": [1], "data_offsets": [0, 4]}), "lacks its dtype"),
+    Bad("missing shape", _one({"dtype": "F32", "data_offsets": [0, 4]}), "lacks its dtype"),
+    Bad("missing offsets", _one({"dtype": "F32", "shape": [1]}), "lacks its dtype"),
+    Bad("extra field", _one(GOOD_ENTRY | {"stride": [1]}), "lacks its dtype"),
+    Bad("tensor that is a number", _one(4), "lacks its dtype"),
+    Bad("tensor that is null", _one(None), "lacks its dtype"),
+    Bad("unknown dtype", _one(entry([1], 0, 4, dtype="F33")), "'F33'"),
+    Bad("complex", _one(entry([1], 0, 8, dtype="C64"), bytes(8)), "'C64'"),
+    Bad("unsigned 16", _one(entry([2], 0, 4, dtype="U16")), "'U16'"),
+    Bad("dtype in small letters", _one(entry([1], 0, 4, dtype="f32")), "'f32'"),
+    Bad("dtype that is a number", _one(entry([1], 0, 4, dtype=32)), "lacks its dtype"),
+    Bad("shape with a fraction", _one(entry([1.0], 0, 4)), "whole numbers"),
+    Bad("shape with a truth value", _one(entry([True], 0, 4)), "whole numbers"),
+    Bad("shape that is a number", _one(entry(1, 0, 4)), "whole numbers"),
+    Bad("negative length", _one(entry([-1], 0, 4)), "whole numbers"),
+    Bad("negative lengths that cancel", _one(entry([-1, -1], 0, 4)), "whole numbers"),
+    Bad("negative offset", _one(entry([1], -4, 0)), "whole numbers"),
+    Bad("minus zero", _raw(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', bytes(4)), "whole numbers"),
+    Bad("three offsets", _one(entry([1], 0, 4, 4)), "whole numbers"),
+    Bad("offset in letters", _one(entry([1], 0, "4")), "whole numbers"),
+    Bad("offsets swapped", _one(entry([1], 4, 0)), "its shape needs"),
+    Bad("wrong byte count for the shape", _one(entry([2], 0, 4)), "its shape needs"),
+    Bad("bytes without shape", _one(entry([0], 0, 4)), "its shape needs"),
+    Bad("overflow shape", _one(entry([1 << 62, 4], 0, 0), b""), "no memory can hold"),
+    Bad("overflow shape with a zero", _one(entry([1 << 62, 1 << 62, 0], 0, 0), b""), "no memory can hold"),
+    Bad("zero before an overflow", _one(entry([0, 1 << 62, 1 << 62], 0, 0), b""), "no memory can hold"),
+    Bad("length over 64 bits", _one(entry([1 << 64, 0], 0, 0), b""), "whole numbers"),
+    Bad("65 dimensions", _one(entry([1] * 65, 0, 4)), "no memory can hold"),
+    Bad("shape bomb", _one(entry([(1 << 63) - 1] * 45_000, 0, 4)), "no memory can hold"),
+    # Where tensors lie
+    Bad("offset past the end", _one(entry([1 << 40], 0, 1 << 42)), "cut short"),
+    Bad("starts late", _one(entry([1], 4, 8), bytes(8)), "leaves a hole"),
+    Bad("hole", lambda: container({"a": GOOD_ENTRY, "b": entry([1], 8, 12)}, bytes(12)), "'b' leaves a hole"),
+    Bad("overlap", lambda: container({"a": GOOD_ENTRY, "b": entry([1], 2, 6)}, bytes(6)), "'b' overlaps"),
+    Bad("same bytes twice", lambda: container({"a": GOOD_ENTRY, "b": GOOD_ENTRY}, bytes(4)), "'b' overlaps"),
+    Bad("empty tensor in the middle", lambda: container({"a": GOOD_ENTRY, "b": entry([0], 2, 2)}, bytes(4)), "overlaps"),
+)
+
+
+def _with_bits(dtype: str, bits: int) -> Callable[[], bytes]:
+    """A tensor whose last value, of 33, is the one that is not finite."""
+    size = DTYPES[dtype].itemsize
+    return lambda: packed({"a": (dtype, (33,), tensor_bytes(dtype, 32) + bits.to_bytes(size, "little"))})
+
+
+VALUES: tuple[Bad, ...] = (
+    *(
+        Bad(f"{bits:#x} in {dtype}", _with_bits(dtype, bits), "'a' holds NaN or Inf")
+        for dtype, all_bits in NON_FINITE.items()
+        for bits in all_bits
+    ),
+    Bad("alpha NaN", saved(lora(alpha=torch.tensor(math.nan))), "alpha' holds NaN or Inf"),
+    Bad("alpha Inf", saved(lora(alpha=torch.tensor(math.inf))), "alpha' holds NaN or Inf"),
+)
+
+_FLOAT8 = torch.zeros(4, 2).to(torch.int8)
+
+SEMANTIC: tuple[Refused, ...] = (
+    Refused("missing up", saved({"m.lora_down.weight": torch.ones(2, 3)}), "m", "lacks its up"),
+    Refused("missing down", saved({"m.lora_up.weight": torch.ones(4, 2)}), "m", "lacks its down"),
+    Refused("alpha alone", saved({"m.alpha": torch.tensor(1.0)}), "m", "lacks its down, up"),
+    Refused("rank mismatch", saved(lora("m", down=torch.ones(3, 3))), "m", "do not share one rank"),
+    Refused("transposed", saved(lora("m", up=torch.ones(2, 4), down=torch.ones(3, 2))), "m", "do not share one rank"),
+    Refused("rank zero", saved(lora("m", up=torch.ones(4, 0), down=torch.ones(0, 3))), "m", "no matrix"),
+    Refused("1-d factors", saved(lora("m", up=torch.ones(4), down=torch.ones(3))), "m", "no matrix"),
+    Refused("0-d factors", saved(lora("m", up=torch.tensor(1.0), down=torch.tensor(1.0))), "m", "no matrix"),
+    Refused("kernel in up", saved(lora("m", up=torch.ones(4, 2, 3, 3))), "m", "do not share one rank"),
+    Refused("int8 factor", saved(lora("m", up=_FLOAT8)), "m", "not a float type"),
+    Refused("bool factor", saved(lora("m", up=_FLOAT8.bool())), "m", "not a float type"),
+    Refused("alpha vector", saved(lora("m", alpha=torch.ones(2))), "m", "should be one number"),
+    Refused("alpha without a value", saved(lora("m", alpha=torch.ones(0))), "m", "should be one number"),
+    Refused(
+        "two spellings of one module",
+        saved(lora("m") | {"m.lora_A.weight": torch.ones(2, 3)}),
+        "m",
+        "two tensors for down",
+    ),
+    Refused("dora_scale beside a LoRA", saved(lora("m") | {"m.dora_scale": torch.ones(4, 1)}), "m", "has magnitude"),
+    Refused("LoRA with a mid", saved(lora("m") | {"m.lora_mid.weight": torch.ones(2, 2, 3, 3)}), "m", "has mid"),
+    Refused("LoRA with a bias", saved(lora("m") | {"m.lora_B.bias": torch.ones(4)}), "m", "has bias"),
+    Refused("reshape_weight", saved(lora("m") | {"m.reshape_weight": torch.tensor([99, 99])}), "m", "reshape_weight"),
+    Refused("LoKr", saved({"m.lokr_w1": torch.ones(2, 2), "m.lokr_w2": torch.ones(2, 2)}), "m", "has lokr_w1"),
+    Refused(
+        "LoHa",
+        saved({f"m.hada_{name}": torch.ones(2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}),
+        "m",
+        "has hada_w1_a",
+    ),
+    Refused("OFT", saved({"m.oft_blocks": torch.ones(2, 2, 2)}), "m", "has oft_blocks"),
+    Refused("set_weight", saved({"m.set_weight": torch.ones(4, 3)}), "m", "has set_weight"),
+    Refused("an unknown suffix", saved(lora("m") | {"m.wobble": torch.ones(1)}), "m.wobble", "no known factor name"),
+    Refused("a suffix alone", saved(lora("m") | {".lora_up.weight": torch.ones(1)}), ".lora_up.weight", "no known"),
+)
+
+NO_LORA: tuple[Bad, ...] = (
+    Bad("no tensors", lambda: container({}), "none of its 0 tensors"),
+    Bad("metadata only", lambda: container({"__metadata__": {"a": "b"}}), "none of its 0 tensors"),
+    Bad(
+        "a checkpoint",
+        saved({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4), "logit_scale": torch.tensor(1.0)}),
+        "a checkpoint belongs",
+    ),
+)
+
+
+def _every_dtype(order: list[str]) -> bytes:
+    return packed({name.lower(): (name, (3,), tensor_bytes(name, 3)) for name in order})
+
+
+_NAMES = ("", "ü.λ", "日本語", "🦊.lora_up.weight", "a b", 'say "a"', "back\\slash", "\0\x1b[2J", "‮.alpha", "a" * 512)
+
+GOOD: tuple[Good, ...] = (
+    *(Good(f"{name} vector", lambda name=name: _every_dtype([name])) for name in DTYPES),
+    Good("every dtype, aligned", lambda: _every_dtype(sorted(DTYPES, key=lambda name: -DTYPES[name].itemsize))),
+    Good("every dtype, misaligned", lambda: _every_dtype(["U8", *DTYPES])),
+    Good("header in another order than the data", lambda: container({"b": entry([1], 4, 8), "a": GOOD_ENTRY}, bytes(8))),
+    Good("no tensors", lambda: container({})),
+    Good("spaces behind the header", lambda: container(json.dumps({"a": GOOD_ENTRY}).encode() + b" " * 99, bytes(4))),
+    Good("newlines in the header", lambda: container(json.dumps({"a": GOOD_ENTRY}, indent=1).encode(), bytes(4))),
+    Good("unpadded header", lambda: container(b'{"a":%b}' % GOOD_TEXT + b" " * (1 - len(GOOD_TEXT) % 2), bytes(4))),
+    Good("names of all kinds", saved({name: torch.ones(1) for name in _NAMES})),
+    Good("escaped name", _raw(rb'{"\u00fc\ud83e\udd8a":' + GOOD_TEXT + b"}", bytes(4))),
+    Good("name that looks like a path", saved({"../../etc/passwd": torch.ones(1)})),
+    Good("0-d", saved({"a": torch.tensor(3.5)})),
+    Good("empty tensors", saved({"a": torch.ones(0), "b": torch.ones(3, 0, 2), "c": torch.ones(2)})),
+    Good("64 dimensions", lambda: container({"a": entry([1] * 64, 0, 4)}, bytes(4))),
+    Good("a long empty tensor", lambda: container({"a": entry([1 << 60, 0], 0, 0, dtype="U8")})),
+    Good("minus zero and subnormals", saved({"a": torch.tensor([-0.0, 1e-45, -1e-45])})),
+    Good("largest values", saved({"a": torch.tensor([3.4028234663852886e38, -3.4028234663852886e38])})),
+    Good("largest fp8", lambda: packed({"a": ("F8_E4M3", (2,), b"\x7e\xfe"), "b": ("F8_E5M2", (2,), b"\x7b\xfb")})),
+    Good("empty metadata", lambda: packed({"a": ("F32", (1,), bytes(4))}, {})),
+    Good("empty texts in metadata", saved(lora(), {"": "", "note": ""})),
+    Good("metadata of all kinds", saved(lora(), {"html": "<script>", "escape": "\x1b[2J\0", "bidi": "‮", "fox": "🦊"})),
+    Good("metadata named like a field", saved(lora(), {"data_offsets": "data_offsets", "dtype": "F32"})),
+    Good("large metadata", saved(lora(), {"ss_tag_frequency": '{"a, b": 1}' * 50_000})),
+    Good("linear LoRA", saved(lora())),
+    Good("linear LoRA, half", saved({name: tensor.half() for name, tensor in lora().items()})),
+    Good("LoRA in fp8", saved({name: tensor.to(torch.float8_e4m3fn) for name, tensor in lora().items()})),
+    Good("mixed precision", saved(lora(down=torch.ones(2, 3).bfloat16(), up=torch.ones(4, 2).half()))),
+    Good("convolution LoRA", saved(lora(up=torch.ones(4, 2, 1, 1), down=torch.ones(2, 3, 3, 3)))),
+    Good("alpha 0", saved(lora(alpha=torch.tensor(0.0)))),
+    Good("alpha negative", saved(lora(alpha=torch.tensor(-1.0)))),
+    Good("alpha int64", saved(lora(alpha=torch.tensor(4)))),
+    Good("alpha of one element", saved(lora(alpha=torch.ones(1)))),
+    Good("PEFT", saved({"base_model.model.a.lora_A.weight": torch.ones(2, 3), "base_model.model.a.lora_B.weight": torch.ones(4, 2)})),
+    Good("all zero", saved(lora(up=torch.zeros(4, 2), down=torch.zeros(2, 3)))),
+)

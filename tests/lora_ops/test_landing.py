@@ -1,0 +1,203 @@
+"""Landing: every module of a file is somewhere in the result, and nothing lands twice or by accident."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_ops.adapters import LowRank
+from lora_ops.dialects import published_map, target_map
+from lora_ops.errors import TargetError
+from lora_ops.families import FAMILIES, recognise
+from lora_ops.files import TensorFile
+from lora_ops.landing import Piece, guess, land, merged, require_coverage
+from lora_ops.lora import Band, Lora, Refusal, from_file
+from lora_ops.receipt import receipt
+from lora_ops.samples import SAMPLES, small_checkpoint, tensors
+from lora_ops.stack import Entry
+
+ONE = {"model": 1.0, "clip": 1.0}
+FLUX = {  # one double and one single block of width 8
+    "diffusion_model.double_blocks.0.img_attn.qkv.weight": (24, 8),
+    "diffusion_model.double_blocks.0.img_mod.lin.weight": (48, 8),
+    "diffusion_model.vector_in.in_layer.weight": (8, 8),
+    "diffusion_model.single_blocks.0.linear1.weight": (56, 8),
+    "diffusion_model.final_layer.adaLN_modulation.1.weight": (16, 8),
+}
+
+
+def pair(rows: int, columns: int, seed: int = 0) -> LowRank:
+    generator = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator))
+
+
+def lora(**modules: LowRank) -> Lora:
+    return Lora("x.safetensors", {name.replace("__", "."): adapter for name, adapter in modules.items()})
+
+
+@pytest.fixture(scope="module")
+def sd15():
+    shapes = {key: tuple(tensor.shape) for key, tensor in small_checkpoint().items()}
+    return target_map(recognise(shapes), shapes)
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return target_map(recognise(FLUX), FLUX)
+
+
+def published(family: str):
+    return published_map(next(each for each in FAMILIES if each.name == family))
+
+
+def test_split_projections_land_on_the_bands_of_the_fused_weight(flux):
+    parts = {
+        "transformer.single_transformer_blocks.0.attn.to_q": pair(8, 8, 1),
+        "transformer.single_transformer_blocks.0.attn.to_v": pair(8, 8, 2),
+        "transformer.single_transformer_blocks.0.proj_mlp": pair(32, 8, 3),
+    }
+    landing = land([Entry(Lora("x", parts), ONE)], flux)
+    pieces = landing.pieces["model", "diffusion_model.single_blocks.0.linear1.weight"]
+    weight = torch.randn(56, 8)
+    q, v, mlp = (adapter.delta((adapter.up.shape[0], 8)) for adapter in parts.values())
+    expected = weight + torch.cat((q, torch.zeros(8, 8), v, mlp))
+    torch.testing.assert_close(merged(weight, pieces), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_swapped_last_layer_of_flux_is_swapped_back(flux):
+    adapter = pair(16, 8)
+    landing = land([Entry(Lora("x", {"transformer.norm_out.linear": adapter}), ONE)], flux)
+    (pieces,) = landing.pieces.values()
+    delta = adapter.delta((16, 8))
+    torch.testing.assert_close(merged(torch.zeros(16, 8), pieces), torch.cat((delta[8:], delta[:8])))
+
+
+def test_the_same_update_in_four_dialects_gives_the_same_weights(sd15):
+    weights = []
+    for sample in SAMPLES:
+        file = from_file(TensorFile(sample.name, tensors(sample, sd15)))
+        landing = land([Entry(file, ONE)], sd15)
+        require_coverage(landing, 1.0)
+        weights.append(landing.pieces)
+    first, *others = weights
+    for other in others:
+        assert other.keys() == first.keys()
+        for place, (piece,) in first.items():
+            (same,) = other[place]
+            shape = (piece.adapter.up.shape[0], *piece.adapter.down.shape[1:])
+            assert torch.equal(piece.adapter.delta(shape), same.adapter.delta(shape)), place
+
+
+def test_strength_zero_makes_no_piece_and_rounds_nothing(sd15):
+    name = "lora_unet_middle_block_1_proj_in"
+    shape = sd15.names[name].target.shape
+    found = land([Entry(lora(**{name: pair(shape[0], shape[1])}), {"model": 0.0, "clip": 1.0})], sd15)
+    assert not found.pieces and found.rows[0].matched("model") == 1
+    require_coverage(found, 0.9)
+
+
+def test_two_modules_for_one_place_land_once_and_the_second_is_refused(flux):
+    both = Lora(
+        "x",
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": pair(24, 8),
+            "transformer.transformer_blocks.0.attn.to_k": pair(8, 8),
+        },
+    )
+    (row,) = land([Entry(both, ONE)], flux).rows
+    assert list(row.landed) == ["diffusion_model.double_blocks.0.img_attn.qkv"]
+    assert row.refused == (
+        Refusal(
+            "transformer.transformer_blocks.0.attn.to_k",
+            "the same place as 'diffusion_model.double_blocks.0.img_attn.qkv'",
+        ),
+    )
+
+
+def test_modules_of_an_unconnected_part_are_told_but_do_not_count():
+    targets = published("sd15")
+    shapes = {key: shape for key, shape in FAMILIES[0].published().items() if key.startswith("diffusion_model.")}
+    model_only = target_map(recognise(shapes), shapes)
+    te = {f"lora_te_text_model_encoder_layers_{n}_mlp_fc1": pair(3072, 768) for n in range(12)}
+    unet = {"lora_unet_middle_block_1_proj_in": pair(1280, 1280)}
+    (row,) = land([Entry(Lora("x", te | unet), ONE)], model_only).rows
+    assert (row.total, row.coverage, len(row.unconnected["clip"])) == (1, 1.0, 12)
+    assert land([Entry(Lora("x", te | unet), ONE)], targets).rows[0].total == 13
+    with pytest.raises(TargetError, match="all its 12 modules are for the CLIP, which is not connected. Connect CLIP"):
+        require_coverage(land([Entry(Lora("x", te), ONE)], model_only), 0.9)
+
+
+def test_a_lora_for_another_family_is_refused_with_both_names(sd15):
+    modules = {f"lora_unet_double_blocks_{n}_img_attn_proj": pair(3072, 3072) for n in range(4)}
+    with pytest.raises(TargetError) as caught:
+        require_coverage(land([Entry(Lora("ink", modules), ONE)], sd15), 0.9)
+    assert "4 of 4 modules" in str(caught.value)
+    assert "made for FLUX.1; the model is Stable Diffusion 1.5" in str(caught.value)
+    assert caught.value.facts["guess"] == "flux" and caught.value.facts["matched"] == 0
+
+
+def test_sdxl_and_sd15_share_names_and_are_told_apart_by_shape(sd15):
+    assert guess(lora(lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k=pair(1280, 2048))).family == "sdxl"
+    assert guess(lora(lora_unet_middle_block_1_transformer_blocks_0_attn2_to_k=pair(1280, 768))).family == "sd15"
+    assert guess(lora(nothing_like_it=pair(4, 4))) is None
+
+
+def test_coverage_below_the_minimum_stops_and_says_which_minimum_would_pass(sd15):
+    name = "lora_unet_middle_block_1_proj_in"
+    shape = sd15.names[name].target.shape
+    modules = {name: pair(shape[0], shape[1]), "lora_unet_middle_block_1_proj_out": pair(3, 3)}
+    landing = land([Entry(Lora("ink", modules), ONE)], sd15)
+    require_coverage(landing, 0.5)
+    with pytest.raises(TargetError, match="1 of 2 modules .*makes an update of .*min_coverage to 0.50"):
+        require_coverage(landing, 0.9)
+
+
+def test_every_module_of_the_file_is_in_the_row_exactly_once(sd15):
+    known = "lora_unet_middle_block_1_proj_in"
+    shape = sd15.names[known].target.shape
+    modules = {
+        known: pair(shape[0], shape[1]),
+        f"diffusion_model.{known[10:]}": pair(1, 1),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1": pair(3072, 768),
+        "lora_te_text_model_encoder_layers_11_mlp_fc1": pair(3072, 768),
+        "lora_unet_input_blocks_99_proj": pair(4, 4),
+    }
+    file = Lora("x", modules, {}, (Refusal("bundle_emb.cat", "no known factor name"),))
+    (row,) = land([Entry(file, ONE)], sd15).rows
+    told = [
+        *row.landed,
+        *(module for module, _ in row.refused),
+        *(m for part in row.unconnected.values() for m in part),
+    ]
+    assert sorted(told) == sorted([*modules, "bundle_emb.cat"])
+    assert ("lora_te_text_model_encoder_layers_11_mlp_fc1", "no such weight in this model") in row.refused
+
+
+def test_merged_rounds_once_and_leaves_the_weight_alone():
+    weight = torch.randn(24, 8).to(torch.bfloat16)
+    before = weight.clone()
+    pieces = [Piece(pair(24, 8, n), None, 0.3) for n in range(3)] + [Piece(pair(8, 8, 9), Band(8, 8), 0.5)]
+    exact = weight.double()
+    for piece in pieces:
+        rows = exact if piece.band is None else exact[8:16]
+        rows += piece.strength * piece.adapter.delta(tuple(rows.shape), torch.float64)
+    result = merged(weight, pieces)
+    assert torch.equal(weight, before)
+    # bfloat16 keeps 8 significant bits: rounded once is within half a unit, 2^-8; float32 sums add next to nothing
+    assert ((result.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + 1e-6).all()
+
+
+def test_the_receipt_tells_what_landed_and_what_did_not(sd15):
+    name = "lora_unet_middle_block_1_proj_in"
+    shape = sd15.names[name].target.shape
+    adapter = LowRank(*pair(shape[0], shape[1]).packed()[:2], 1.0)
+    file = Lora(
+        "ink", {name: adapter, "lora_unet_nowhere": adapter}, {}, (Refusal("odd\n\x1b[2Jkey", "no known factor name"),)
+    )
+    found = receipt(land([Entry(file, {"model": 0.8, "clip": 0.6})], sd15), 0.01)
+    (row,) = found.data["rows"]
+    assert (row["matched"], row["total"], row["dialect"]) == (1, 3, "kohya")
+    assert row["scale"] == {"0.5": 1} and row["alpha"] == {"tensor": 1} and row["rank"] == {"2": 1}
+    assert row["energy_landed"] == 0.5  # the same adapter twice, one of them lost
+    assert {group["reason"] for group in row["refused"]} == {"name not known", "no known factor name"}
+    assert "1 of 3 modules landed" in found.text and "\x1b" not in found.text

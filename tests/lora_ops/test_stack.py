@@ -1,0 +1,71 @@
+"""A stack's text: what people and workflows write, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_ops.errors import StackError
+from lora_ops.stack import Row, dump, parse
+
+INK = Row("style/ink.safetensors", 0.8, 0.6)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,"clip":0.6}]}',
+        '{"version": 1, "rows": [{"lora": " style/ink.safetensors ", "strength": 0.8, "clip": 0.6}]}',
+        "{'version': 1, 'rows': [{'lora': 'style/ink.safetensors', 'on': True, 'strength': 0.8, 'clip': 0.6}]}",
+        "<lora:style/ink.safetensors:0.8:0.6>",
+        "  <lora: style/ink.safetensors :.8:0.60>\n",
+    ],
+)
+def test_spellings_of_the_same_stack(text):
+    assert parse(text) == (INK,)
+
+
+def test_order_and_rows_that_are_off_are_kept():
+    rows = parse('{"version":1,"rows":[{"lora":"b","on":false},{"lora":"a","strength":-1}]}')
+    assert rows == (Row("b", on=False), Row("a", -1.0))
+    assert parse("<lora:b>\n<lora:a:-1>, <lora:c:2:0>") == (Row("b"), Row("a", -1.0), Row("c", 2.0, 0.0))
+
+
+def test_without_a_clip_strength_clip_follows_the_model():
+    assert Row("a", 0.3).strengths == {"model": 0.3, "clip": 0.3}
+    assert INK.strengths == {"model": 0.8, "clip": 0.6}
+
+
+@pytest.mark.parametrize("rows", [(), (INK,), (Row('ü, "x"', 1.0, None, False), INK)])
+def test_what_is_written_is_read_back(rows):
+    assert parse(dump(rows)) == rows
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_no_text_is_an_empty_stack(text):
+    assert parse(text) == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a cat <lora:ink:1>", "no <lora:name:strength> tag: a cat"),
+        ("<lora:ink:strong>", "finite number"),
+        ("<lora:ink:nan>", "finite number"),
+        ("<lora:ink:1:inf>", "finite number"),
+        ("<lora:ink:1:1:1>", "no <lora:name:strength> tag"),
+        ('{"version":2,"rows":[]}', "version"),
+        ('{"rows":[]}', "version"),
+        ('{"version":1,"rows":[{"strength":1}]}', "Row 1 of the stack names no LoRA"),
+        ('{"version":1,"rows":[{"lora":"a","strength":true}]}', "finite number"),
+        ('{"version":1,"rows":[{"lora":"a","strength":"1"}]}', "finite number"),
+        ('{"version":1,"rows":[{"lora":"a","strength":NaN}]}', "finite number"),
+        ('{"version":1,"rows":[{"lora":"a","on":1}]}', "true or false"),
+        ('{"version":1,"rows":[{"lora":"a","start":0.2}]}', "does not know: start"),
+        ('{"version":1,"rows":[],"more":1}', "unknown fields: more"),
+        ("{broken", "no valid JSON"),
+        ("[1,2]", "should be"),
+    ],
+)
+def test_what_would_have_to_be_guessed_is_refused(text, words):
+    with pytest.raises(StackError, match=words):
+        parse(text)
