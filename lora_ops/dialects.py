@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .families import FAMILIES, Component, Family, Place, Shapes, located
+from .families import FAMILIES, Component, Family, Place, Shapes
 from .lora import Named, Target, TargetMap
 
 
@@ -54,10 +54,9 @@ DIALECTS: tuple[Dialect, ...] = (
 def target_map(family: Family, shapes: Shapes) -> TargetMap:
     """Every name that a file may use for the weights in hand (keys as in the model or checkpoint -> shapes)."""
     names: dict[str, Named] = {}
-    for component in family.components:
-        if found := located(component, shapes):
-            for name, named in _spellings(component, *found):
-                names.setdefault(name, named)
+    for component, prefix, inside in family.located(shapes):
+        for name, named in _spellings(component, prefix, inside):
+            names.setdefault(name, named)
     return TargetMap(family.name, names)
 
 

@@ -15,9 +15,6 @@ from .host.api import ExecutionBlocker, io
 from .sockets import rows_of, wire_of
 from .widgets import LoraStackType, min_coverage, mode, told
 
-EMPTY = '{"version":1,"rows":[]}'
-
-
 class LoraOpsStack(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -31,7 +28,8 @@ class LoraOpsStack(io.ComfyNode):
                 io.String.Input(
                     "stack",
                     multiline=True,
-                    default=EMPTY,
+                    default="",
+                    placeholder="<lora:style/ink:0.8>",
                     tooltip="The LoRAs: lines like <lora:style/ink:0.8> or <lora:style/ink:0.8:0.6> (model, CLIP), or "
                     '{"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,"clip":0.6}]}.',
                 ),

@@ -35,25 +35,20 @@ UNKNOWN = Family(
 
 
 def recognise(shapes: Shapes) -> Family:
-    """The family of these weights (a model's, a checkpoint's, or a text encoder's alone), else UNKNOWN."""
+    """The family of these weights (a model's, a checkpoint's, or text encoders' alone), else UNKNOWN.
+
+    Text encoders alone are of the first family that has just these.
+    """
+    present = {component.sources for component, _, _ in UNKNOWN.located(shapes)}
+    denoiser = UNKNOWN.components[0].sources in present
     for family in FAMILIES:
-        denoiser = next(component for component in family.components if component.part == "model")
-        if any(family.recognises(under(shapes, prefix)) for prefix in denoiser.sources):
-            return family
-    if located(UNKNOWN.components[0], shapes) is None:  # text encoders alone: the family that has just these
-        present = [component.sources for component in (CLIP_L, CLIP_G, T5_SECOND) if located(component, shapes)]
-        for family in FAMILIES:
-            if present and present == [part.sources for part in family.components if part.part == "clip"]:
+        for component, _, inside in family.located(shapes):
+            if component.part == "model" and family.recognises(inside):
                 return family
+        encoders = {component.sources for component in family.components if component.part == "clip"}
+        if not denoiser and present == encoders:
+            return family
     return UNKNOWN
 
 
-def located(component: Component, shapes: Shapes) -> tuple[str, Shapes] | None:
-    """The prefix under which a component's weights are, and these weights without it; None if it is absent."""
-    for prefix in component.sources:
-        if inside := under(shapes, prefix):
-            return prefix, inside
-    return None
-
-
-__all__ = ["FAMILIES", "UNKNOWN", "Component", "Family", "Place", "Shapes", "located", "recognise", "under"]
+__all__ = ["FAMILIES", "UNKNOWN", "Component", "Family", "Place", "Shapes", "recognise", "under"]

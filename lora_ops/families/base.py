@@ -46,6 +46,19 @@ class Family:
     components: tuple[Component, ...]
     recognises: Callable[[Shapes], bool]
 
+    def located(self, shapes: Shapes) -> Iterator[tuple[Component, str, Shapes]]:
+        """The components that are there: each with its prefix and its shapes without it.
+
+        The empty prefix is a file of nothing but a denoiser; it counts only for what the family recognises, or the
+        keys of any text encoder would pass for a denoiser's.
+        """
+        for component in self.components:
+            for prefix in component.sources:
+                inside = under(shapes, prefix)
+                if inside and (prefix or self.recognises(inside)):
+                    yield component, prefix, inside
+                    break
+
     def published(self) -> Shapes:
         """Keys and shapes of the published model, as the host has them."""
         return {part.sources[0] + key: shape for part in self.components for key, shape in part.published().items()}

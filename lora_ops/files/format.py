@@ -7,7 +7,9 @@ Our rules are stricter than the library's (https://github.com/huggingface/safete
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -36,6 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MIB = 1 << 20
 NAME_LIMIT = 512  # characters
 TENSOR_LIMIT = 100_000
+DIMENSION_LIMIT = 64  # torch's own operations go no further
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,10 @@ def parse_header(file: BufferedReader, path: str, limits: Limits) -> Header:
     raw = file.read(length)
     if len(raw) != length:
         refuse("changed while it was being read", "Load it again.")
+    _require_few(raw.count(b'"data_offsets"'), refuse)  # seen before a million small objects are made
     fields = _parse(raw, refuse)
     metadata = _metadata(fields.pop("__metadata__", {}), refuse)
-    if len(fields) > TENSOR_LIMIT:
-        refuse(f"has {len(fields):,} tensors; the limit is {TENSOR_LIMIT:,}")
+    _require_few(len(fields), refuse)
     entries = {name: _entry(name, value, refuse) for name, value in fields.items()}
     entries = dict(sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)))
     position = 0
@@ -148,23 +151,30 @@ def parse_header(file: BufferedReader, path: str, limits: Limits) -> Header:
     return Header(path, ident, entries, metadata, 8 + length)
 
 
+def _require_few(tensors: int, refuse: Callable[..., NoReturn]) -> None:
+    if tensors > TENSOR_LIMIT:
+        refuse(f"has {tensors:,} tensors; the limit is {TENSOR_LIMIT:,}")
+
+
 def _parse(raw: bytes, refuse: Callable[..., NoReturn]) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         fields = dict(pairs)
         if len(fields) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
             refuse(f"names '{shown(twice)}' twice in its header")
         return fields
 
     def constant(name: str) -> NoReturn:
         refuse(f"has {name} in its header")
 
+    def whole(digits: str) -> int:
+        return -1 if digits.startswith("-") else int(digits)  # -0 is no whole number to the library
+
     if not raw.startswith(b"{"):
         refuse("is no safetensors file: its header is no JSON object")
     try:
         text = raw.decode("utf-8")
-        fields = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        fields = json.loads(text, object_pairs_hook=unique, parse_constant=constant, parse_int=whole)
     except (ValueError, RecursionError):
         refuse("has a header that is no valid JSON")
     return fields
@@ -192,17 +202,21 @@ def _entry(name: str, value: object, refuse: Callable[..., NoReturn]) -> Entry:
         refuse(f"has a tensor name that is no text of at most {NAME_LIMIT} characters: '{shown(ascii(name))}'")
     fault = f"tensor '{shown(name)}'"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        refuse(f"{fault} lacks its dtype, shape or offsets")
+        refuse(f"{fault} lacks its dtype, shape or offsets, or has more than these")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str):
+        refuse(f"{fault} has a dtype that is no text")
+    if dtype not in DTYPES:
         refuse(f"{fault} has the dtype '{shown(dtype)}', which no LoRA uses", "Convert the file to a float type.")
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
         refuse(f"{fault} has a shape or offsets that are not whole numbers")
-    elements = 1
-    for length in shape:
-        elements *= length
-    if offsets[1] - offsets[0] != elements * DTYPES[dtype].itemsize:
-        refuse(f"{fault} has {offsets[1] - offsets[0]:,} bytes, its shape needs {elements * DTYPES[dtype].itemsize:,}")
+    size = DTYPES[dtype].itemsize
+    # Zeros count as ones here: the library multiplies from the left, and torch needs a stride for every length.
+    if len(shape) > DIMENSION_LIMIT or math.prod(max(length, 1) for length in shape) * size >= 1 << 63:
+        refuse(f"{fault} has a shape that no memory can hold")
+    needed = math.prod(shape) * size
+    if offsets[1] - offsets[0] != needed:
+        refuse(f"{fault} has {offsets[1] - offsets[0]:,} bytes, its shape needs {needed:,}")
     return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,9 +65,10 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
     with _opened(path) as file:
         header = parse_header(file, str(path), LORA)
         size = header.identity.size - header.data_start
-        data = bytearray(size)
-        if file.readinto(data) != size or identity_of(header.identity.path, os.fstat(file.fileno())) != header.identity:
-            raise FileError("changed while it was being read.", file=path, remedy="Load it again.")
+        data = _room(size, header)
+        if file.readinto(data) != size:
+            raise _changed(header)
+        _require_unchanged(file, header)
     for name, entry in header.entries.items():
         _require_finite(data, name, entry, header.path)
     tensors = {name: _tensor(data, entry, entry.start) for name, entry in header.entries.items()}
@@ -76,14 +78,14 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
 def read_tensors(header: Header, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of a file of any size, one at a time; memory is the largest tensor's."""
     with _opened(header.path) as file:
-        if identity_of(header.identity.path, os.fstat(file.fileno())) != header.identity:
-            raise FileError("changed since its header was read.", file=header.path, remedy="Start again.")
+        _require_unchanged(file, header)
         for name in names:
             entry = header.entries[name]
-            data = bytearray(entry.end - entry.start)
+            data = _room(entry.end - entry.start, header)
             file.seek(header.data_start + entry.start)
             if file.readinto(data) != len(data):
-                raise FileError("was cut short while it was being read.", file=header.path, module=name)
+                raise _changed(header)
+            _require_unchanged(file, header)
             yield name, _tensor(data, entry, 0)
 
 
@@ -99,6 +101,8 @@ def sha256(path: str | os.PathLike[str]) -> str:
 @contextmanager
 def _opened(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # opening one waits for a writer, perhaps for ever
+            raise OSError("is no ordinary file")
         with open(path, "rb") as file:
             yield file
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the name
@@ -108,6 +112,24 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[BufferedReader]:
 def reason(error: Exception) -> str:
     """An operating system error in a few words."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+
+
+def _changed(header: Header) -> FileError:
+    return FileError("changed while it was being read.", file=header.path, remedy="Load it again.")
+
+
+def _require_unchanged(file: BufferedReader, header: Header) -> None:
+    if identity_of(header.identity.path, os.fstat(file.fileno())) != header.identity:
+        raise _changed(header)
+
+
+def _room(size: int, header: Header) -> bytearray:
+    try:
+        return bytearray(size)
+    except MemoryError as error:
+        raise FileError(
+            f"needs {size:,} bytes of memory, more than there is.", file=header.path, remedy="Free some memory."
+        ) from error
 
 
 def _require_finite(data: bytearray, name: str, entry: Entry, path: str) -> None:

@@ -40,10 +40,10 @@ def write(
     Raises FileError, with nothing left behind, if there is no room, no right, or the file reads back wrong.
     """
     final = Path(path)
-    _sweep(final.parent)
-    head, names = _head(tensors, metadata or {}, final)
-    needed = len(head) + sum(tensors[name].nbytes for name in names)
     try:
+        _sweep(final.parent)
+        head, names = _head(tensors, metadata or {}, final)
+        needed = len(head) + sum(tensors[name].nbytes for name in names)
         free = shutil.disk_usage(final.parent).free
         if free < needed:
             raise FileError(
@@ -63,7 +63,7 @@ def write(
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in a name or in metadata
         remedy = "Choose another name." if isinstance(error, FileExistsError) else "Nothing was changed."
         raise FileError(f"cannot be written: {reason(error)}.", file=path, remedy=remedy) from error
 
@@ -79,7 +79,8 @@ def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in DTYPE_NAMES:
-            raise FileError(f"cannot hold a tensor of {tensor.dtype}.", file=path, module=name)
+            remedy = "Convert it to a float type."
+            raise FileError(f"cannot hold a tensor of {tensor.dtype}.", file=path, module=name, remedy=remedy)
         offsets = [position, position + tensor.nbytes]
         fields[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -113,12 +114,19 @@ def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
 
 
 def _compare(temporary: Path, digest: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    header = read_header(temporary)
+    different = FileError("reads back differently from what was written.", file=path, remedy="Check the disk.")
+    if sha256(temporary) != digest:
+        raise different
+    try:
+        header = read_header(temporary)
+    except FileError as error:  # not the disk's fault: names or metadata that no safetensors file may have
+        what = f"cannot be written, the reader would refuse it: {error.what}"
+        raise FileError(what, file=path, remedy="Nothing was changed.") from error
     same = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         name: (entry.dtype, entry.shape) for name, entry in header.entries.items()
     }
-    if not same or sha256(temporary) != digest:
-        raise FileError("reads back differently from what was written.", file=path, remedy="Check the disk.")
+    if not same:
+        raise different
 
 
 def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
@@ -135,13 +143,28 @@ def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
             raise
         except OSError:  # a file system without hard links: reserve the name, then replace the reservation
             os.close(os.open(final, os.O_CREAT | os.O_EXCL, 0o666))
-            os.replace(temporary, final)
+            try:
+                os.replace(temporary, final)
+            except BaseException:
+                final.unlink()
+                raise
     if os.name != "nt":
+        _sync_folder(final)
+
+
+def _sync_folder(final: Path) -> None:
+    """Wait until the new name is on the disk, where the file system can sync a folder (vboxsf and others cannot)
+    and the user may open it; the file is in its place already, so no error here may say that nothing was changed."""
+    try:
         folder = os.open(final.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EACCES):
+            what = f"is written, but the disk has not confirmed its name: {reason(error)}."
+            raise FileError(what, file=final, remedy="Check the disk.") from error
 
 
 def _sweep(folder: Path) -> None:

@@ -1,17 +1,18 @@
-"""A real ComfyUI inside the test process: its folder first on the path, the pack mounted under one name."""
+"""A real ComfyUI: inside the test process (`pack`), and as a server of its own (`server`)."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from types import ModuleType
 
 import pytest
 
-from harness import comfy
+from harness import comfy, demo, small
 from harness.comfy import PACK
-
-MOUNT = "lora_ops_pack"
+from harness.server import MOUNT, Server
+from harness.workflow import smaller, to_prompt, without_t5
 
 
 def pytest_collection_modifyitems(items):
@@ -46,3 +47,35 @@ def pack(comfy_path) -> ModuleType:
     sys.modules[MOUNT] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def models(comfy_path):
+    """A folder of small random models that the host's own loaders take for SD1.5 and FLUX."""
+    return small.cached(comfy_path, *small.FILES)
+
+
+@pytest.fixture(scope="session")
+def server(comfy_path, models, tmp_path_factory):
+    """A running server with the small models and the sample LoRAs. It writes no workflow into pictures, so that equal
+    pictures are equal files."""
+    base = tmp_path_factory.mktemp("comfy")
+    demo.write_samples(models, base / "models" / "loras")
+    with Server(comfy_path, base, models=models, arguments=("--disable-metadata",)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def example(server):
+    """An example workflow as the prompt that the front end would post, at 64 by 64 pixels and two steps."""
+    info = server.object_info()
+
+    def prompt(name: str) -> dict:
+        workflow = json.loads((PACK / "example_workflows" / f"{name}.json").read_text("utf-8"))
+        found = smaller(without_t5(to_prompt(workflow, info)), side=64)
+        for node in found.values():
+            if node["class_type"] == "KSampler":
+                node["inputs"]["steps"] = 2
+        return found
+
+    return prompt

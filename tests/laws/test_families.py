@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_ops.dialects import DIALECTS, published_map, target_map
-from lora_ops.families import FAMILIES, UNKNOWN, located, recognise
+from lora_ops.families import FAMILIES, UNKNOWN, recognise
 
 KEYS = Path(__file__).parents[1] / "keys"
 REAL = {  # family -> the listings (tests/keys/make.py) that its published shapes must equal
@@ -46,10 +46,7 @@ def test_a_name_means_one_place(family):
     """Every dialect's spelling of every place, from scratch: no two places share a name."""
     meanings: dict[str, set] = {}
     shapes = family.published()
-    for component in family.components:
-        found = located(component, shapes)
-        assert found is not None
-        source, inside = found
+    for component, source, inside in family.located(shapes):
         for place in component.places(inside):
             for dialect in DIALECTS:
                 for prefix in component.prefixes.get(dialect.prefix, ()):
@@ -63,8 +60,7 @@ def test_a_name_means_one_place(family):
 def test_every_weight_can_be_named_in_every_dialect_of_its_component(family):
     """Native dialects reach each matrix whole; diffusers dialects reach all its rows, whole or band by band."""
     targets = published_map(family)
-    for component in family.components:
-        source, inside = located(component, family.published())
+    for component, source, inside in family.located(family.published()):
         matrices = {source + key for key, shape in inside.items() if key.endswith(".weight") and len(shape) > 1}
         for dialect in DIALECTS:
             if dialect.name == "diffusers, attention processors" or dialect.prefix not in component.prefixes:
@@ -93,6 +89,23 @@ def test_bands_of_a_weight_tile_it(family):
             assert start == position and length > 0, key
             position += length
         assert position == rows, key
+
+
+def test_a_file_of_a_denoiser_alone_needs_no_prefix():
+    for family in FAMILIES:
+        shapes = {
+            key.removeprefix("diffusion_model."): shape
+            for key, shape in family.published().items()
+            if key.startswith("diffusion_model.")
+        }
+        targets = target_map(recognise(shapes), shapes)
+        assert targets.family == family.name and targets.parts == {"model"}
+
+
+def test_text_encoders_alone_are_no_denoiser():
+    for family in FAMILIES:
+        shapes = {key: shape for key, shape in family.published().items() if not key.startswith("diffusion_model.")}
+        assert target_map(recognise(shapes), shapes).parts == {"clip"}
 
 
 def test_an_unknown_model_still_answers_to_its_own_names():

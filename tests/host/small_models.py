@@ -1,0 +1,84 @@
+"""Small models of the host's own classes, inside the test process: names as in the real ones, in megabytes."""
+
+from __future__ import annotations
+
+import torch
+
+UNET = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "legacy": False,
+}
+SD15 = UNET | {
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": (1, 2, 4, 4),
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "context_dim": 768,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "num_heads": 8,
+}
+SDXL = UNET | {
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": (1, 2, 4),
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "context_dim": 2048,
+    "use_linear_in_transformer": True,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+    "num_heads": 8,
+}
+FLUX = {
+    "image_model": "flux",
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": 2,
+    "hidden_size": 128,
+    "num_heads": 1,
+    "axes_dim": [16, 56, 56],
+    "depth": 2,
+    "depth_single_blocks": 2,
+    "context_in_dim": 64,
+    "vec_in_dim": 768,
+    "mlp_ratio": 4.0,
+    "theta": 10000,
+    "qkv_bias": True,
+    "txt_ids_dims": [],
+    "guidance_embed": True,
+}
+CONFIGS = {"sd15": ("SD15", SD15), "sdxl": ("SDXL", SDXL), "flux": ("Flux", FLUX)}
+CPU = torch.device("cpu")
+
+
+def model(family: str, dtype: torch.dtype = torch.float32):
+    """A ModelPatcher around a random model of this family."""
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    name, config = CONFIGS[family]
+    made = getattr(comfy.supported_models, name)(dict(config))
+    made.set_inference_dtype(dtype, None)
+    inner = made.get_model({}, "", device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in inner.diffusion_model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / max(1, weight[0].numel()) ** 0.5)
+    return comfy.model_patcher.ModelPatcher(inner, CPU, CPU)
+
+
+def patched_weights(patcher) -> dict[str, torch.Tensor]:
+    """Each patched weight as the host computes it when it loads the model."""
+    return {key: patcher.patch_weight_to_device(key, CPU, return_weight=True) for key in patcher.patches}
+
+
+def weights(patcher) -> dict[str, torch.Tensor]:
+    """The model's weights now, copied."""
+    return {key: tensor.clone() for key, tensor in patcher.model.state_dict().items()}
