@@ -10,6 +10,7 @@ from ..lora_ops.receipt import receipt
 from ..lora_ops.stack import Entry, finite
 from .host import patching
 from .host.api import io
+from .host.graph import require_inputs
 from .sockets import lora_of
 from .widgets import STRENGTH, LoraModelType, min_coverage, mode, told
 
@@ -47,6 +48,7 @@ class LoraOpsApply(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the LoRA."),
                 io.String.Output(display_name="receipt", tooltip="What landed and what did not, as JSON."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             has_intermediate_output=True,
         )
 
@@ -56,6 +58,7 @@ class LoraOpsApply(io.ComfyNode):
             "model": finite(strength_model, "strength_model"),
             "clip": finite(strength_clip, "strength_clip"),
         }
+        require_inputs(cls.hidden, MODEL=model, CLIP=clip)
         start = time.perf_counter()
         landing = land([Entry(lora_of(lora), strengths)], patching.targets(model, clip))
         require_coverage(landing, finite(min_coverage, "min_coverage"))

@@ -11,9 +11,11 @@ from ..lora_ops.receipt import receipt
 from ..lora_ops.report import joined, trigger_words
 from ..lora_ops.stack import Entry, finite, parse
 from .host import caches, names, patching
-from .host.api import ExecutionBlocker, io
+from .host.api import io
+from .host.graph import require_inputs
 from .sockets import rows_of, wire_of
 from .widgets import LoraStackType, min_coverage, mode, told
+
 
 class LoraOpsStack(io.ComfyNode):
     @classmethod
@@ -48,6 +50,7 @@ class LoraOpsStack(io.ComfyNode):
                 io.String.Output(display_name="trigger_words", tooltip="The words of all rows, separated by commas."),
                 io.String.Output(display_name="receipt", tooltip="What landed and what did not, row by row, as JSON."),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
             has_intermediate_output=True,
         )
 
@@ -67,6 +70,7 @@ class LoraOpsStack(io.ComfyNode):
 
     @classmethod
     def execute(cls, stack, min_coverage, mode, model=None, clip=None, lora_stack=None):
+        require_inputs(cls.hidden, MODEL=model, CLIP=clip)
         rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
         entries = [Entry(caches.load(row.name).lora, row.strengths) for row in rows]
         start = time.perf_counter()
@@ -77,15 +81,10 @@ class LoraOpsStack(io.ComfyNode):
         words = joined(list(dict.fromkeys(word for entry in entries for word in trigger_words(entry.lora.metadata))))
         model, clip = patching.patched(landing, model, clip)
         return io.NodeOutput(
-            _or_blocked(model, "MODEL"),
-            _or_blocked(clip, "CLIP"),
+            model,
+            clip,
             wire_of(rows),
             words,
             json.dumps(found.data, ensure_ascii=False),
             ui=told(found.data, found.text),
         )
-
-
-def _or_blocked(value, name):
-    """An output whose input is not connected stops what is connected to it, with the reason."""
-    return ExecutionBlocker(f"LoRA Stack: connect a {name} to get one out.") if value is None else value

@@ -210,7 +210,7 @@ def test_a_lora_for_a_text_encoder_that_is_not_connected_names_the_missing_clip(
 def test_without_a_model_the_output_says_what_to_connect(server, sd15):
     prompt = stacked(sd15, "<lora:ink_kohya:1>")
     node_of(prompt, "LoraOpsStack")["inputs"].pop("model")
-    with pytest.raises(WorkflowError, match="connect a MODEL"):
+    with pytest.raises(WorkflowError, match="Connect a MODEL"):
         server.post(prompt)
 
 

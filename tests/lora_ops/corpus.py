@@ -167,7 +167,7 @@ STRUCTURAL: tuple[Bad, ...] = (
     Bad("header is not UTF-8", _raw(b'{"\xff\xfe":' + GOOD_TEXT + b"}", bytes(4)), "no valid JSON"),
     Bad("newline in a name", _raw(b'{"a\nb":' + GOOD_TEXT + b"}", bytes(4)), "no valid JSON"),
     Bad("deep JSON", _nest(b'{"a":', 100_000, b"}"), "no valid JSON"),
-    Bad("deep JSON as dtype", _nest(b'{"a":{"shape":[1],"data_offsets":[0,4],"dtype":', 500, b"}}"), "lacks its dtype"),
+    Bad("deep JSON as dtype", _nest(b'{"a":{"shape":[1],"data_offsets":[0,4],"dtype":', 500, b"}}"), "no text"),
     Bad("deep JSON as metadata", _nest(b'{"__metadata__":', 200, b"}"), "table of texts"),
     Bad("NaN literal", _raw(b'{"a":NaN}'), "NaN in its header"),
     Bad("Infinity literal", _raw(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,-Infinity]}}'), "-Infinity"),
@@ -176,7 +176,7 @@ STRUCTURAL: tuple[Bad, ...] = (
     Bad("duplicate field", _raw(b'{"a":{"dtype":"F32",' + GOOD_TEXT[1:] + b"}", bytes(4)), "'dtype' twice"),
     Bad("duplicate __metadata__", _raw(b'{"__metadata__":{},"__metadata__":{}}'), "'__metadata__' twice"),
     Bad("duplicate in metadata", _raw(b'{"__metadata__":{"b":"1","b":"1"}}'), "'b' twice"),
-    Bad("duplicate behind 60,000 names", lambda: _twice_after_many(60_000), "twice"),
+    Bad("duplicate behind 20,000 names", lambda: _twice_after_many(20_000), "twice"),
     Bad("too many tensors", lambda: _sparse_names(100_001), "the limit is 100,000"),
     # Metadata
     Bad("nested metadata", lambda: container({"__metadata__": {"a": {"b": "c"}}}), "table of texts"),
@@ -192,14 +192,14 @@ STRUCTURAL: tuple[Bad, ...] = (
     Bad("missing dtype", _one({"shape": [1], "data_offsets": [0, 4]}), "lacks its dtype"),
     Bad("missing shape", _one({"dtype": "F32", "data_offsets": [0, 4]}), "lacks its dtype"),
     Bad("missing offsets", _one({"dtype": "F32", "shape": [1]}), "lacks its dtype"),
-    Bad("extra field", _one(GOOD_ENTRY | {"stride": [1]}), "lacks its dtype"),
+    Bad("extra field", _one(GOOD_ENTRY | {"stride": [1]}), "more than these"),
     Bad("tensor that is a number", _one(4), "lacks its dtype"),
     Bad("tensor that is null", _one(None), "lacks its dtype"),
     Bad("unknown dtype", _one(entry([1], 0, 4, dtype="F33")), "'F33'"),
     Bad("complex", _one(entry([1], 0, 8, dtype="C64"), bytes(8)), "'C64'"),
     Bad("unsigned 16", _one(entry([2], 0, 4, dtype="U16")), "'U16'"),
     Bad("dtype in small letters", _one(entry([1], 0, 4, dtype="f32")), "'f32'"),
-    Bad("dtype that is a number", _one(entry([1], 0, 4, dtype=32)), "lacks its dtype"),
+    Bad("dtype that is a number", _one(entry([1], 0, 4, dtype=32)), "no text"),
     Bad("shape with a fraction", _one(entry([1.0], 0, 4)), "whole numbers"),
     Bad("shape with a truth value", _one(entry([True], 0, 4)), "whole numbers"),
     Bad("shape that is a number", _one(entry(1, 0, 4)), "whole numbers"),
@@ -224,7 +224,9 @@ STRUCTURAL: tuple[Bad, ...] = (
     Bad("hole", lambda: container({"a": GOOD_ENTRY, "b": entry([1], 8, 12)}, bytes(12)), "'b' leaves a hole"),
     Bad("overlap", lambda: container({"a": GOOD_ENTRY, "b": entry([1], 2, 6)}, bytes(6)), "'b' overlaps"),
     Bad("same bytes twice", lambda: container({"a": GOOD_ENTRY, "b": GOOD_ENTRY}, bytes(4)), "'b' overlaps"),
-    Bad("empty tensor in the middle", lambda: container({"a": GOOD_ENTRY, "b": entry([0], 2, 2)}, bytes(4)), "overlaps"),
+    Bad(
+        "empty tensor in the middle", lambda: container({"a": GOOD_ENTRY, "b": entry([0], 2, 2)}, bytes(4)), "overlaps"
+    ),
 )
 
 
@@ -304,7 +306,9 @@ GOOD: tuple[Good, ...] = (
     *(Good(f"{name} vector", lambda name=name: _every_dtype([name])) for name in DTYPES),
     Good("every dtype, aligned", lambda: _every_dtype(sorted(DTYPES, key=lambda name: -DTYPES[name].itemsize))),
     Good("every dtype, misaligned", lambda: _every_dtype(["U8", *DTYPES])),
-    Good("header in another order than the data", lambda: container({"b": entry([1], 4, 8), "a": GOOD_ENTRY}, bytes(8))),
+    Good(
+        "header in another order than the data", lambda: container({"b": entry([1], 4, 8), "a": GOOD_ENTRY}, bytes(8))
+    ),
     Good("no tensors", lambda: container({})),
     Good("spaces behind the header", lambda: container(json.dumps({"a": GOOD_ENTRY}).encode() + b" " * 99, bytes(4))),
     Good("newlines in the header", lambda: container(json.dumps({"a": GOOD_ENTRY}, indent=1).encode(), bytes(4))),
@@ -333,6 +337,11 @@ GOOD: tuple[Good, ...] = (
     Good("alpha negative", saved(lora(alpha=torch.tensor(-1.0)))),
     Good("alpha int64", saved(lora(alpha=torch.tensor(4)))),
     Good("alpha of one element", saved(lora(alpha=torch.ones(1)))),
-    Good("PEFT", saved({"base_model.model.a.lora_A.weight": torch.ones(2, 3), "base_model.model.a.lora_B.weight": torch.ones(4, 2)})),
+    Good(
+        "PEFT",
+        saved(
+            {"base_model.model.a.lora_A.weight": torch.ones(2, 3), "base_model.model.a.lora_B.weight": torch.ones(4, 2)}
+        ),
+    ),
     Good("all zero", saved(lora(up=torch.zeros(4, 2), down=torch.zeros(2, 3)))),
 )

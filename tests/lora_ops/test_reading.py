@@ -23,7 +23,7 @@ from lora_ops.lora import from_file, read_lora
 from tests.lora_ops import corpus
 
 REFUSED = (*corpus.STRUCTURAL, *corpus.VALUES)
-FUZZ = int(os.environ.get("LORA_OPS_FUZZ", "20000"))  # mutated files; a release deserves a million
+FUZZ = int(os.environ.get("LORA_OPS_FUZZ", "100000"))  # mutated files; a release deserves a million
 
 
 def by_name(cases):
@@ -86,10 +86,10 @@ def test_a_structural_fault_is_refused_within_50_ms(case, tmp_path):
     path = placed(tmp_path, case.make())
 
     def once() -> float:
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread alone: nothing here waits, and other tests may be running
         with pytest.raises(FileError):
             files.read(path)
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     assert min(once() for _ in range(3)) < 0.05
 
@@ -145,7 +145,15 @@ def test_every_tensor_is_aligned_for_its_dtype(case, tmp_path):
         assert tensor.data_ptr() % tensor.dtype.itemsize == 0
 
 
-@pytest.mark.parametrize("case", [case for case in corpus.GOOD if "LoRA" in case.name or "alpha" in case.name or case.name in {"PEFT", "mixed precision"}], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in corpus.GOOD
+        if "LoRA" in case.name or "alpha" in case.name or case.name in {"PEFT", "mixed precision"}
+    ],
+    ids=lambda case: case.name,
+)
 def test_a_good_lora_has_no_leftover(case, tmp_path):
     lora = read_lora(placed(tmp_path, case.make()))
     assert lora.modules and not lora.leftover
@@ -157,9 +165,7 @@ def test_alpha_is_read_as_it_is_stored(tmp_path):
         assert adapter.alpha == float(stored)
 
 
-@pytest.mark.parametrize(
-    "text", ["\x1b[2J\x1b[31m", "\r\nINFO all is well", "‮gnp.exe", "\x00", "​", "\x9b1A", "\u2028"]
-)
+@pytest.mark.parametrize("text", ["\x1b[2J\x1b[31m", "\r\nINFO all is well", "‮gnp.exe", "\x00", "​", "\x9b1A", "\u2028"])
 def test_a_name_that_would_forge_a_log_line_is_escaped(text, tmp_path):
     by_tensor = corpus.packed({f"a{text}": ("F32", (1,), bytes.fromhex("0000c07f"))})
     by_fault = corpus.container({f"a{text}": corpus.entry([2], 0, 4)}, bytes(4))
@@ -201,14 +207,13 @@ def test_a_named_pipe_does_not_stop_the_reader(tmp_path):
     assert failures and "ordinary file" in str(failures[0])
 
 
-def test_a_file_larger_than_memory_is_refused_by_its_size(tmp_path):
-    size = 1 << 46
-    path = placed(tmp_path, corpus.container({"a": corpus.entry([size], 0, size, dtype="U8")}))
-    try:
-        os.truncate(path, os.path.getsize(path) + size)
-    except OSError:
-        pytest.skip("no sparse files of this size here")
-    with pytest.raises(FileError, match="memory"):
+def test_a_file_larger_than_memory_is_refused_by_its_size(tmp_path, monkeypatch):
+    def no_room(size):
+        raise MemoryError
+
+    path = placed(tmp_path, corpus.WHOLE)
+    monkeypatch.setattr(reading, "bytearray", no_room, raising=False)
+    with pytest.raises(FileError, match="needs 56 bytes of memory"):
         files.read(path)
 
 
@@ -222,6 +227,9 @@ def test_headers_of_checkpoints_may_be_larger_than_those_of_loras(tmp_path):
 
 
 # Files that change under the reader
+
+
+TICK = 0.012  # seconds: Linux before 6.13 stamps two writes within one tick of its clock with the same time
 
 
 def filled(value: int, size: int = 1 << 20) -> bytes:
@@ -261,7 +269,7 @@ def test_a_file_that_changes_while_it_is_read_is_read_whole_or_refused(change, o
 
     def keep_changing():
         value = 0
-        while not done.wait(random.random() * 0.003):
+        while not done.wait(TICK + random.random() * 0.003):
             value = (value + 1) % 256
             change(path, value)
 
@@ -296,6 +304,7 @@ def test_a_change_between_the_reads_of_two_tensors_is_noticed(tmp_path):
     header = files.read_header(path)
     tensors = files.read_tensors(header, "abcd")
     next(tensors)
+    time.sleep(TICK)
     with open(path, "r+b") as file:
         file.seek(header.data_start)
         file.write(bytes([2]) * (4 << 20))
@@ -319,6 +328,7 @@ def test_other_content_has_another_identity(change, tmp_path):
     rewrite(path, 1)
     before = files.identity(path)
     assert before == files.identity(path) == files.read(path).identity == files.read_header(path).identity
+    time.sleep(TICK)
     change(path, 2)
     assert files.identity(path) != before
 
@@ -336,7 +346,22 @@ def test_what_was_read_stays_when_the_file_is_cut_afterwards(tmp_path):
 TOKENS = (
     *(b"-0", b"1e0", b"1.0", b"-1", b"NaN", b"Infinity", b"null", b"true", b"{}", b"[]", b'""', b"\xff", b"\0", b" "),
     *(str((1 << bits) + extra).encode() for bits in (31, 32, 62, 63, 64) for extra in (-1, 0)),
-    *(rb'"\ud800"', rb'"\u0061"', b"[[[[", b"}}}}", b",", b":", b'"', b"\\", b"0", b"4", b"00", b"\t", b"\n", b"\xef\xbb\xbf"),
+    *(
+        rb'"\ud800"',
+        rb'"\u0061"',
+        b"[[[[",
+        b"}}}}",
+        b",",
+        b":",
+        b'"',
+        b"\\",
+        b"0",
+        b"4",
+        b"00",
+        b"\t",
+        b"\n",
+        b"\xef\xbb\xbf",
+    ),
     *(f'"{name}"'.encode() for name in (*corpus.DTYPES, "dtype", "shape", "data_offsets", "__metadata__", "U16", "F4")),
 )
 
@@ -419,15 +444,16 @@ def restructured(content: bytes, dice: random.Random) -> bytes:
 
 
 def test_nothing_is_accepted_that_the_library_refuses_and_no_mutant_raises_anything_but_a_file_error(tmp_path):
-    seeds = [case.make() for case in (*corpus.GOOD, *corpus.STRUCTURAL, *corpus.VALUES, *corpus.SEMANTIC)]
+    whole = (*corpus.GOOD, *corpus.SEMANTIC)
+    seeds = [case.make() for case in (*whole, *whole, *whole, *corpus.STRUCTURAL, *corpus.VALUES)]
     seeds = [seed for seed in seeds if len(seed) < 5000]
     dice = random.Random(20)
     path = str(tmp_path / "mutant.safetensors")
     accepted = 0
     for count in range(FUZZ):
         mutant = fuzzed(dice.choice(seeds), dice)
-        with open(path, "wb") as file:
-            file.write(mutant)
+        Path(path).unlink(missing_ok=True)  # some file systems wait for the disk when a file is cut and rewritten
+        Path(path).write_bytes(mutant)
         try:
             ours = files.read(path)
         except FileError as error:
@@ -437,7 +463,8 @@ def test_nothing_is_accepted_that_the_library_refuses_and_no_mutant_raises_anyth
             pytest.fail(f"mutant {count} raised {error!r}: {mutant!r}")
         accepted += 1
         try:
-            theirs = safetensors.torch.load(mutant)
+            safetensors.deserialize(mutant)
+            theirs = safetensors.torch.load_file(path)
             with safetensors.safe_open(path, "pt") as opened:
                 metadata = opened.metadata() or {}
         except Exception as error:

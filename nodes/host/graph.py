@@ -1,0 +1,18 @@
+"""The graph around a node, as far as a node must know it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...lora_ops.errors import StackError
+
+
+def require_inputs(hidden: Any, **outputs: Any) -> None:
+    """Raises StackError for an output, named as its input and in output order, that is used and has no value.
+
+    Without this a None would travel on and fail in another node, which cannot say what to connect.
+    """
+    links = [link for node in (hidden.prompt or {}).values() for link in node.get("inputs", {}).values()]
+    for number, (name, value) in enumerate(outputs.items()):
+        if value is None and [hidden.unique_id, number] in links:
+            raise StackError(f"The {name} output is in use, the input is not connected.", remedy=f"Connect a {name}.")
