@@ -12,12 +12,12 @@ def product(up: Tensor, down: Tensor) -> Tensor:
 
 
 def energy(up: Tensor, down: Tensor) -> float:
-    """‖up · down‖² (Frobenius) from two rank × rank Gram matrices, in float64.
+    """‖up · down‖² (Frobenius) from two rank × rank Gram matrices, computed in float32.
 
     trace((upᵀ up)(down downᵀ)): rank² (out + in) operations where the product would take rank · out · in.
     """
-    up, down = up.flatten(1).double(), down.flatten(1).double()
-    return float(((up.T @ up) * (down @ down.T)).sum())
+    up, down = up.flatten(1).float(), down.flatten(1).float()
+    return float(((up.T @ up) * (down @ down.T)).sum(dtype=torch.float64))
 
 
 def swap_halves(rows: Tensor) -> Tensor:

@@ -93,36 +93,32 @@ def land(stack: Sequence[Entry], targets: TargetMap) -> Landing:
 
 def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
     landed: dict[str, Named] = {}
-    refused: list[Refusal] = list(entry.lora.leftover)
+    refused: list[Refusal] = []
     refused_parts = dict.fromkeys(sorted(targets.parts), 0)
-    taken: dict[tuple[str, str], list[tuple[Band, str]]] = {}
-    unknown: list[str] = []
-    for module, adapter in entry.lora.modules.items():
-        named = targets.names.get(module)
-        if named is None:
-            unknown.append(module)
-            continue
-        target = named.target
-        there = taken.setdefault((target.part, target.key), [])
-        reason = _misfit(adapter, target) or _collision(target.rows, there)
-        if reason:
-            refused.append(Refusal(module, reason))
-            refused_parts[target.part] += 1
-        else:
-            there.append((target.rows, module))
-            landed[module] = named
-    for refusal in entry.lora.leftover:
-        if named := targets.names.get(refusal.module):
-            refused_parts[named.target.part] += 1
     unconnected: dict[str, list[str]] = {}
+    taken: dict[tuple[str, str], list[tuple[Band, str]]] = {}
     elsewhere = _Elsewhere(targets)
-    for module in unknown:
-        part = elsewhere.part(module)
-        if part is None or part in targets.parts:
-            refused.append(Refusal(module, "no such weight in this model" if part else "name not known"))
+    readable = ((module, adapter, "") for module, adapter in entry.lora.modules.items())
+    unreadable = ((module, None, reason) for module, reason in entry.lora.leftover)
+    for module, adapter, reason in (*readable, *unreadable):
+        named = targets.names.get(module)
+        if named is not None:
+            part = named.target.part
+            there = taken.setdefault((part, named.target.key), [])
+            if adapter is not None:
+                reason = _misfit(adapter, named.target) or _collision(named.target.rows, there)
+            if not reason:
+                there.append((named.target.rows, module))
+                landed[module] = named
+                continue
         else:
-            unconnected.setdefault(part, []).append(module)
-        if part in refused_parts:
+            part = elsewhere.part(module)
+            if part is not None and part not in targets.parts:
+                unconnected.setdefault(part, []).append(module)
+                continue
+            reason = reason or ("no such weight in this model" if part else "name not known")
+        refused.append(Refusal(module, reason))
+        if part is not None:
             refused_parts[part] += 1
     silent = {part: tuple(modules) for part, modules in unconnected.items()}
     return RowLanding(entry, landed, tuple(refused), silent, refused_parts)

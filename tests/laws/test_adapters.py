@@ -80,7 +80,7 @@ def test_adding_works_on_memory_that_is_no_matrix(name):
 @each_branch
 def test_energy_is_the_squared_norm_of_the_delta(name):
     adapter, _, exact = CASES[name]
-    assert adapter.energy() == pytest.approx(float((exact**2).sum()), rel=1e-9)
+    assert adapter.energy() == pytest.approx(float((exact**2).sum()), rel=1e-5)  # float32 Gram matrices
 
 
 @each_branch

@@ -123,6 +123,9 @@ def test_modules_of_an_unconnected_part_are_told_but_do_not_count():
     (row,) = land([Entry(Lora("x", te | unet), ONE)], model_only).rows
     assert (row.total, row.coverage, len(row.unconnected["clip"])) == (1, 1.0, 12)
     assert land([Entry(Lora("x", te | unet), ONE)], targets).rows[0].total == 13
+    unread = (Refusal("lora_te_text_model_encoder_layers_3_mlp_fc2", "has magnitude"),)
+    (row,) = land([Entry(Lora("x", unet, {}, unread), ONE)], model_only).rows
+    assert (row.coverage, len(row.unconnected["clip"])) == (1.0, 1)
     with pytest.raises(TargetError, match="all its 12 modules are for the CLIP, which is not connected. Connect CLIP"):
         require_coverage(land([Entry(Lora("x", te), ONE)], model_only), 0.9)
 
