@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,6 +101,6 @@ def _register(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:
             there[-1] = (1.0, last[1].joined(patch), 1.0, None, None)  # the clone's own list
         else:
             fresh[key] = patch
-    patcher.patches_uuid = uuid.uuid4()  # what tells the host that the weights in memory are stale
+    # Called for no weight too: it renews patches_uuid, which tells the host that the weights in memory are stale.
     if missing := fresh.keys() - set(patcher.add_patches(fresh)):
         raise TargetError(f"{len(missing)} weights are not in the model any more.", module=min(missing))

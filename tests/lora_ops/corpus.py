@@ -300,6 +300,11 @@ def _every_dtype(order: list[str]) -> bytes:
     return packed({name.lower(): (name, (3,), tensor_bytes(name, 3)) for name in order})
 
 
+def _largest(dtype: str) -> bytes:
+    info = torch.finfo(DTYPES[dtype])
+    return safetensors.torch.save({"a": torch.tensor([info.max, info.min], dtype=torch.float64).to(DTYPES[dtype])})
+
+
 _NAMES = ("", "ü.λ", "日本語", "🦊.lora_up.weight", "a b", 'say "a"', "back\\slash", "\0\x1b[2J", "‮.alpha", "a" * 512)
 
 GOOD: tuple[Good, ...] = (
@@ -321,8 +326,7 @@ GOOD: tuple[Good, ...] = (
     Good("64 dimensions", lambda: container({"a": entry([1] * 64, 0, 4)}, bytes(4))),
     Good("a long empty tensor", lambda: container({"a": entry([1 << 60, 0], 0, 0, dtype="U8")})),
     Good("minus zero and subnormals", saved({"a": torch.tensor([-0.0, 1e-45, -1e-45])})),
-    Good("largest values", saved({"a": torch.tensor([3.4028234663852886e38, -3.4028234663852886e38])})),
-    Good("largest fp8", lambda: packed({"a": ("F8_E4M3", (2,), b"\x7e\xfe"), "b": ("F8_E5M2", (2,), b"\x7b\xfb")})),
+    *(Good(f"largest finite values of {name}", lambda name=name: _largest(name)) for name in FLOATS),
     Good("empty metadata", lambda: packed({"a": ("F32", (1,), bytes(4))}, {})),
     Good("empty texts in metadata", saved(lora(), {"": "", "note": ""})),
     Good("metadata of all kinds", saved(lora(), {"html": "<script>", "escape": "\x1b[2J\0", "bidi": "‮", "fox": "🦊"})),

@@ -31,6 +31,18 @@ EQUAL = [
     ),
     (
         "sd15",
+        "diffusion_model.input_blocks.4.1.proj_in.weight",
+        (0, 640),
+        ["lora_unet_input_blocks_4_1_proj_in", "unet.down_blocks.1.attentions.0.proj_in"],
+    ),
+    (
+        "sdxl",
+        "diffusion_model.output_blocks.4.0.skip_connection.weight",
+        (0, 640),
+        ["lora_unet_output_blocks_4_0_skip_connection", "unet.up_blocks.1.resnets.1.conv_shortcut"],
+    ),
+    (
+        "sd15",
         "diffusion_model.output_blocks.5.2.conv.weight",
         (0, 1280),
         ["lora_unet_output_blocks_5_2_conv", "unet.up_blocks.1.upsamplers.0.conv"],
