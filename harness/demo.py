@@ -1,0 +1,103 @@
+"""What `python run.py demo` does with a ComfyUI: the example workflows, run headless through its real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import comfy, small
+from harness.comfy import PACK
+from harness.server import Server, ServerError, WorkflowError
+from harness.workflow import ConversionError, smaller, to_prompt, without_t5
+
+# Where the sample LoRAs of each small model go under models/loras.
+SAMPLES = {
+    "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": "",
+    "diffusion_models/flux1-dev.safetensors": "flux",
+}
+
+
+def main(host: Path, out: Path) -> int:
+    """Write pictures, receipts and the server's log into out; returns the exit status. host is a ComfyUI."""
+    workflows = sorted((PACK / "example_workflows").glob("*.json"))
+    if not workflows:
+        print(f"{PACK / 'example_workflows'} holds no workflow to run.")
+        return 1
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"ComfyUI {comfy.version(host)} in {host}", flush=True)
+    models = small.cached(host, *small.FILES)
+    with tempfile.TemporaryDirectory(prefix="lora-ops-demo-") as folder:
+        base = Path(folder)
+        write_samples(models, base / "models" / "loras")
+        server = Server(host, base, models=models)
+        try:
+            with server:
+                failures = [path.stem for path in workflows if not _run(server, path, out)]
+        finally:
+            (out / "server.log").write_text(server.log(), encoding="utf-8")
+    print(f"\nThe server's log is {_shown(out / 'server.log')}")
+    if failures:
+        print(f"FAILED: {', '.join(failures)}")
+    return 1 if failures else 0
+
+
+def write_samples(models: Path, loras: Path) -> None:
+    """Sample LoRAs in several dialects for the small models: SD1.5's in loras/, FLUX's in loras/flux/."""
+    for model, folder in SAMPLES.items():
+        command = [sys.executable, "-m", "lora_ops.samples", str(models / model), str(loras / folder)]
+        (loras / folder).mkdir(parents=True, exist_ok=True)
+        subprocess.run(command, cwd=PACK, check=True, stdout=subprocess.DEVNULL)
+
+
+def _run(server: Server, path: Path, out: Path) -> bool:
+    print(f"\n── {path.stem}", flush=True)
+    started = time.monotonic()
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        prompt = smaller(without_t5(to_prompt(workflow, server.object_info())))
+        entry = server.post(prompt)
+    except (ConversionError, WorkflowError, ServerError) as error:
+        print(f"{type(error).__name__}: {error}")
+        return False
+    written = [*_pictures(server.images(entry), path.stem, out), *_receipts(entry, path.stem, out)]
+    print(f"{time.monotonic() - started:.1f} s; wrote {', '.join(_shown(file) for file in written) or 'nothing'}")
+    return bool(written)
+
+
+def _pictures(pictures: list[bytes], stem: str, out: Path) -> list[Path]:
+    files = [out / f"{stem}{_number(i)}.png" for i in range(len(pictures))]
+    for file, picture in zip(files, pictures, strict=True):
+        file.write_bytes(picture)
+    return files
+
+
+def _receipts(entry: Mapping[str, Any], stem: str, out: Path) -> list[Path]:
+    """Write what our nodes told the user; the text is printed too."""
+    told = [output for output in entry["outputs"].values() if "lora_ops" in output]
+    files = []
+    for i, output in enumerate(told):
+        receipt = json.dumps(json.loads(output["lora_ops"][0]), indent=2, ensure_ascii=False)
+        text = output["text"][0]
+        print(text)
+        for suffix, content in ((".json", receipt), (".txt", text)):
+            files.append(out / f"{stem}.receipt{_number(i)}{suffix}")
+            files[-1].write_text(f"{content}\n", encoding="utf-8")
+    return files
+
+
+def _number(index: int) -> str:
+    return f".{index + 1}" if index else ""
+
+
+def _shown(file: Path) -> str:
+    return str(file.relative_to(PACK)) if file.is_relative_to(PACK) else str(file)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*map(Path, sys.argv[1:])))

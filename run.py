@@ -1,0 +1,60 @@
+"""Set up and run everything: `python run.py demo` and `python run.py test`. Needs nothing but Python 3.10 or newer.
+
+    python run.py demo              the example workflows through a real ComfyUI, into out/; on files if there is none
+    python run.py test [ARGUMENTS]  ruff, pyright and pytest, which gets the arguments
+
+Environment variables: COMFYUI_PATH, the ComfyUI to run on, or `none`; LORA_OPS_ENV, where the virtual environment
+goes instead of the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import comfy, environment
+
+PACK = Path(__file__).absolute().parent
+OUT = PACK / "out"
+
+
+def main(arguments: list[str]) -> int:
+    command, *rest = arguments or ["--help"]
+    try:
+        if command == "demo" and not rest:
+            return demo()
+        if command == "test":
+            return test(rest)
+    except (comfy.ComfyError, environment.EnvironmentFailed) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(__doc__)
+    return 0 if command in ("-h", "--help") else 2
+
+
+def demo() -> int:
+    try:
+        host = comfy.find_or_clone()
+    except comfy.NoComfy as reason:
+        print(f"Without ComfyUI ({reason}): the demo runs on files. Set COMFYUI_PATH to run the workflows.", flush=True)
+        return _run(environment.python(environment.base()), "-m", "lora_ops", "demo", "--out", str(OUT))
+    python = environment.python(environment.base(), environment.host(host))
+    return _run(python, "-m", "harness.demo", str(host), str(OUT))
+
+
+def test(arguments: list[str]) -> int:
+    host = comfy.find()
+    layers = [environment.base(), environment.test(), *([environment.host(host)] if host else [])]
+    return _run(environment.python(*layers), "-m", "harness.checks", *arguments)
+
+
+def _run(*command: str) -> int:
+    return subprocess.run(command, cwd=PACK, env={**os.environ, "PYTHONUTF8": "1"}).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
