@@ -41,7 +41,7 @@ def base() -> Layer:
 
 
 def test() -> Layer:
-    return Layer("test", ("pytest", "ruff", "pyright", "hypothesis"))
+    return Layer("test", ("pytest", "ruff", "pyright", "hypothesis", "selenium"))
 
 
 def host(comfy: Path) -> Layer:

@@ -95,7 +95,7 @@ class Server:
         device = () if cuda else ("--cpu", "--use-pytorch-cross-attention")
         self._arguments = (*device, *arguments)
         self._process: subprocess.Popen[bytes] | None = None
-        self._url = ""
+        self.url = ""
         for folder in FOLDERS:
             (self.base / folder).mkdir(parents=True, exist_ok=True)
         if models:
@@ -123,7 +123,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self._url = f"http://127.0.0.1:{port}"
+        self.url = f"http://127.0.0.1:{port}"
         command = [
             *(self._python, "-u", "-c", LEASH, str(self.comfy / "main.py")),
             *("--listen", "127.0.0.1", "--port", str(port)),
@@ -211,7 +211,7 @@ class Server:
     def request(self, path: str, body: Any = None, timeout: float = 60) -> bytes:
         """GET, or POST if there is a JSON body. Raises urllib.error.HTTPError for a status of 400 or more."""
         data = None if body is None else jsonlib.dumps(body).encode()
-        asked = urllib.request.Request(self._url + path, data, {"Content-Type": "application/json"} if data else {})
+        asked = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"} if data else {})
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy cannot reach this machine
         with direct.open(asked, timeout=timeout) as answer:
             return answer.read()

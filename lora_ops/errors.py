@@ -40,6 +40,9 @@ class LoraOpsError(Exception):
         self.facts = facts
         super().__init__(what)
 
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "lora_ops"  # the host shows it to people, else with the pack's folder in front
+
     def __str__(self) -> str:
         places = [
             *([f"file '{shown(self.file)}'"] if self.file is not None else []),

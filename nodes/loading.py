@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..lora_ops.errors import LoraOpsError
+from ..lora_ops.errors import LoraOpsError, shown
 from ..lora_ops.report import joined, report, trigger_words
 from .host import caches, names
 from .host.api import io
@@ -78,4 +78,4 @@ class LoraOpsTriggerWords(io.ComfyNode):
         loras = [] if lora is None else [lora_of(lora)]
         loras += [caches.load(row.name).lora for row in rows_of(lora_stack)]
         words = joined(list(dict.fromkeys(word for found in loras for word in trigger_words(found.metadata))))
-        return io.NodeOutput(words, ui=told({"trigger_words": words}, words or "no trigger words in the metadata"))
+        return io.NodeOutput(words, ui=told({"trigger_words": words}, shown(words) or "no trigger words"))

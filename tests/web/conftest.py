@@ -10,7 +10,6 @@ import pytest
 
 from harness import comfy
 from harness.server import Server
-
 from tests.web.page import PATIENCE, Page
 
 RENDERERS = ("classic", "nodes2")
@@ -49,7 +48,7 @@ def browser(tmp_path_factory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def server(browser) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     path = comfy.find()
     if path is None:
         pytest.skip("ComfyUI not found: set COMFYUI_PATH")
@@ -57,6 +56,13 @@ def server(browser) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(params=RENDERERS)
-def page(request, browser, server) -> Page:
+@pytest.fixture(scope="session", params=RENDERERS)
+def renderer(request, browser, server) -> Page:
+    """The page, loaded once for each renderer: that takes longer than any test."""
     return Page(browser, server, nodes2=request.param == "nodes2")
+
+
+@pytest.fixture
+def page(renderer) -> Page:
+    renderer.clear()
+    return renderer

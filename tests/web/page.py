@@ -6,11 +6,11 @@ from typing import Any
 
 from harness.server import Server
 
-PATIENCE = 20  # seconds, for machines whose few cores are busy
+PATIENCE = 90  # seconds, for machines whose few cores are busy
 READY = """
-    const app = window.comfyAPI?.app?.app;
-    return Boolean(app?.canvas?.graph && app.vueAppReady && LiteGraph.registered_node_types.LoraOpsLoad);
-"""
+    const app = window.comfyAPI?.app?.app, shown = app?.extensionManager;
+    return Boolean(shown?.workflow?.activeWorkflow && !shown.spinner && app.graph.nodes.length);
+"""  # the host opens its default workflow by itself, and an earlier call of ours would collide with that
 EMPTY = {"version": 0.4, "nodes": [], "links": []}
 QUEUE = """
     const {api} = window.comfyAPI.api;
@@ -24,7 +24,7 @@ QUEUE = """
 
 
 class Page:
-    """The front end in one of its renderers (nodes2 or classic), with an empty graph."""
+    """The front end in one of its renderers (nodes2 or classic)."""
 
     def __init__(self, driver: Any, server: Server, *, nodes2: bool):
         self.driver = driver
@@ -32,20 +32,18 @@ class Page:
         self._logged: list[str] = []
         settings = {"Comfy.TutorialCompleted": True, "Comfy.VueNodes.Enabled": nodes2, "Comfy.Workflow.Persist": False}
         server.request("/settings", settings)
-        driver.get(server._url)
+        driver.get(server.url)
         self.wait(READY)
+
+    def clear(self) -> None:
+        """Opens an empty workflow."""
         self.run("await app.loadGraphData(given[0], true);", EMPTY)
 
     def run(self, script: str, *given: Any) -> Any:
         """What an async function with this body returns; it sees the host's `app`, `LiteGraph`, and `given`."""
-        answer = self.driver.execute_async_script(
-            """
-            const [given, done] = arguments, app = window.comfyAPI.app.app;
-            (async () => { %s })().then((found) => done({found}), (error) => done({error: String(error.stack)}));
-            """
-            % script,
-            given,
-        )
+        body = "const [given, done] = arguments, app = window.comfyAPI.app.app; (async () => {" + script
+        body += "})().then((found) => done({found}), (error) => done({error: String(error.stack)}));"
+        answer = self.driver.execute_async_script(body, given)
         assert "error" not in answer, answer["error"]
         return answer.get("found")
 

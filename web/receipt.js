@@ -1,0 +1,106 @@
+/** The receipt on a node: what its last run told, as text. */
+
+import { addBelow, redraw } from "./host.js";
+
+const NAME = "lora_ops_receipt";
+const TALLEST = 240; // px that a long receipt takes by itself; a taller node shows more of it
+const PADDING = 12; // px, above and below the text
+const receipts = new WeakMap(); // node -> its Receipt
+
+/** Shows what a run told, in place of what an earlier one did. The text is a stranger's: never markup. */
+export function show(node, text, json) {
+  if (!receipts.has(node)) receipts.set(node, new Receipt(node));
+  receipts.get(node).show(text, json);
+}
+
+/** Marks what a node shows as told by an earlier run. */
+export function expire(node) {
+  receipts.get(node)?.expire();
+}
+
+/** What a line is: "good", "bad", "warning", "aside" or "". */
+export function tone(line) {
+  if (line.startsWith("✓ ")) return "good";
+  if (line.startsWith("! ")) return "bad";
+  if (/^ *\d+ (refused|unread): |^ +\d+ of the landed modules are all zero|^ +[\d.]+% of the update/.test(line))
+    return "warning";
+  return line.startsWith("   ") ? "aside" : "";
+}
+
+class Receipt {
+  #json = "";
+  #lines = element("div", "lines");
+  #root = element("div", NAME);
+
+  constructor(node) {
+    this.#root.tabIndex = 0; // for scrolling with the keyboard
+    this.#root.append(this.#corner(), this.#lines);
+    addBelow(node, NAME, this.#root);
+    new ResizeObserver(() => this.#fit(node)).observe(this.#lines);
+  }
+
+  show(text, json) {
+    this.#json = json;
+    this.#lines.replaceChildren(...text.split("\n").map(row));
+    this.#root.classList.remove("expired");
+  }
+
+  expire() {
+    this.#root.classList.add("expired");
+  }
+
+  #fit(node) {
+    this.#root.style.minHeight = `${Math.min(this.#lines.offsetHeight, TALLEST) + PADDING}px`;
+    redraw(node);
+  }
+
+  #corner() {
+    const corner = element("div", "corner");
+    const button = element("button", "", "JSON");
+    button.title = "Copy this receipt as JSON";
+    button.addEventListener("click", async () => {
+      button.textContent = (await copied(this.#json)) ? "copied" : "failed";
+      setTimeout(() => (button.textContent = "JSON"), 1500);
+    });
+    corner.append(element("span", "age", "earlier run"), button);
+    return corner;
+  }
+}
+
+/** A line that wraps under its own text, not under its mark. */
+function row(line) {
+  const found = element("div", tone(line), line);
+  found.style.setProperty("--hang", `${line.match(/^ *([✓!] )?/)[0].length}ch`);
+  return found;
+}
+
+function element(tag, className, text = "") {
+  const found = document.createElement(tag);
+  found.className = className;
+  found.textContent = text;
+  return found;
+}
+
+/** Whether the text is on the clipboard now. A page that comes over plain http from another machine has no clipboard. */
+async function copied(text) {
+  if (navigator.clipboard) {
+    return navigator.clipboard.writeText(text).then(
+      () => true,
+      () => false,
+    );
+  }
+  const field = document.body.appendChild(element("textarea", ""));
+  field.value = text;
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  return done;
+}
+
+/** Called before there is a receipt: text that is measured without its style makes a node too tall. */
+export function style() {
+  const link = document.createElement("link");
+  link.rel = "stylesheet";
+  link.href = new URL("./receipt.css", import.meta.url).href;
+  document.head.append(link);
+}
