@@ -168,7 +168,7 @@ def test_a_killed_run_leaves_no_server_behind(comfy):
         from pathlib import Path
         from harness.server import Server
         with Server(Path({str(comfy)!r}), Path({str(comfy.parent / "base")!r})) as server:
-            print("up", server._url, flush=True)
+            print("up", server.url, flush=True)
             time.sleep(60)
     """
     run = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -178,7 +178,7 @@ def test_a_killed_run_leaves_no_server_behind(comfy):
     run.wait()
     run.stdout.close()
     orphan = Server(comfy, comfy.parent / "base", pack=None)
-    orphan._url = url
+    orphan.url = url
     deadline = time.monotonic() + 10
     while orphan._answers() and time.monotonic() < deadline:
         time.sleep(0.1)
