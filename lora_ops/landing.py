@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,11 +19,15 @@ from .stack import PARTS, Entry
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One adapter on one weight: delta times strength is added to the band (None: to the whole weight)."""
+    """One adapter on one weight: delta times strength is added to the band (None: to the whole weight).
+
+    row is the place in the stack of the LoRA it came from.
+    """
 
     adapter: Adapter
     band: Band | None
     strength: float
+    row: int = 0
 
     def packed(self) -> tuple[Any, ...]:
         """The piece as plain tuples of tensors and numbers, for those who move tensors without knowing pieces."""
@@ -71,6 +74,10 @@ class Landing:
     pieces: Mapping[tuple[str, str], tuple[Piece, ...]]
     rows: tuple[RowLanding, ...]
 
+    def of_part(self, part: str) -> Mapping[str, tuple[Piece, ...]]:
+        """Weight key -> pieces, of one part."""
+        return {key: there for (where, key), there in self.pieces.items() if where == part}
+
 
 def land(stack: Sequence[Entry], targets: TargetMap) -> Landing:
     """Find every module's place. Nothing is multiplied; what does not fit is refused in the row, not dropped.
@@ -79,13 +86,13 @@ def land(stack: Sequence[Entry], targets: TargetMap) -> Landing:
     """
     pieces: dict[tuple[str, str], list[Piece]] = {}
     rows: list[RowLanding] = []
-    for entry in stack:
+    for number, entry in enumerate(stack):
         row = _land_row(entry, targets)
         rows.append(row)
         for module, (target, _) in row.landed.items():
             if strength := entry.strengths[target.part]:
                 adapter = entry.lora.modules[module]
-                piece = Piece(adapter.swapped() if target.swap else adapter, target.band, strength)
+                piece = Piece(adapter.swapped() if target.swap else adapter, target.band, strength, number)
                 pieces.setdefault((target.part, target.key), []).append(piece)
     found = {place: tuple(there) for place, there in pieces.items()}
     return Landing(targets.family, targets.parts, found, tuple(rows))
@@ -215,11 +222,15 @@ def merged(weight: Tensor, pieces: Sequence[Piece]) -> Tensor:
 
 def add_(weight: Tensor, pieces: Sequence[Piece], strength: float = 1.0) -> None:
     """Add strength · Σ pieces to a weight in place, each band in one pass."""
-    for (start, length), there in groupby(sorted(pieces, key=_rows), key=_rows):
-        rows = weight.narrow(0, start, length) if length else weight
+    for band, there in by_band(pieces):
+        rows = weight if band is None else weight.narrow(0, band.start, band.length)
         for adapter, factor in fused([(piece.adapter, piece.strength * strength) for piece in there], weight.dtype):
             adapter.add_(rows, factor)
 
 
-def _rows(piece: Piece) -> tuple[int, int]:
-    return (0, 0) if piece.band is None else (piece.band.start, piece.band.length)
+def by_band(pieces: Iterable[Piece]) -> list[tuple[Band | None, list[Piece]]]:
+    """The pieces of one weight, those of the same band together, in stack order within a band."""
+    bands: dict[Band | None, list[Piece]] = {}
+    for piece in pieces:
+        bands.setdefault(piece.band, []).append(piece)
+    return list(bands.items())

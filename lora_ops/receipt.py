@@ -26,18 +26,24 @@ class Receipt:
     text: str
 
 
-def receipt(landing: Landing, seconds: float) -> Receipt:
-    """The receipt of a landing that took so many seconds. The host patches weights later, when it samples."""
+def receipt(landing: Landing, seconds: float, how: Mapping[str, str] | None = None) -> Receipt:
+    """The receipt of a landing that took so many seconds, and of how each part was changed (patched or live, and why).
+
+    The host patches weights later, when it samples.
+    """
+    how = how or {}
     rows = [_row(row, landing) for row in landing.rows]
     data = {
         "version": VERSION,
         "family": landing.family,
         "connected": sorted(landing.parts),
+        "mode": dict(how),
         "rows": rows,
         "weights": len(landing.pieces),
         "landing_seconds": round(seconds, 4),
     }
     head = f"{TITLES.get(landing.family, 'unknown family')}: {len(landing.pieces)} weights changed"
+    head += "".join(f"\n{part}: {told}" for part, told in sorted(how.items()) if told != "patch")
     return Receipt(data, "\n".join([head, *(line for row in rows for line in _lines(row))]))
 
 

@@ -62,6 +62,7 @@ class LoraOpsApply(io.ComfyNode):
         start = time.perf_counter()
         landing = land([Entry(lora_of(lora), strengths)], patching.targets(model, clip))
         require_coverage(landing, finite(min_coverage, "min_coverage"))
-        found = receipt(landing, time.perf_counter() - start)
-        model, clip = patching.patched(landing, model, clip)
+        seconds = time.perf_counter() - start
+        model, clip, how = patching.applied(landing, mode, model, clip)
+        found = receipt(landing, seconds, how)
         return io.NodeOutput(model, clip, json.dumps(found.data, ensure_ascii=False), ui=told(found.data, found.text))

@@ -46,6 +46,14 @@ def rows_of(wire: Any) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def require_tellable(rows: tuple[Row, ...]) -> None:
+    """Raises StackError for a row that says more than the three values of a LORA_STACK row."""
+    for row in rows:
+        if not row.schedule.constant:
+            what = f"'{shown(row.name)}' has a schedule, which LORA_STACK cannot carry."
+            raise StackError(what, remedy="Put the row into the last stack, or disconnect the LORA_STACK output.")
+
+
 def wire_of(rows: tuple[Row, ...]) -> list[tuple[str, float, float]]:
     """A LORA_STACK of the rows that are on."""
     return [(row.name, row.strengths["model"], row.strengths["clip"]) for row in rows if row.on]

@@ -12,8 +12,8 @@ from ..lora_ops.report import joined, trigger_words
 from ..lora_ops.stack import Entry, finite, parse
 from .host import caches, names, patching
 from .host.api import io
-from .host.graph import require_inputs
-from .sockets import rows_of, wire_of
+from .host.graph import in_use, require_inputs
+from .sockets import require_tellable, rows_of, wire_of
 from .widgets import LoraStackType, min_coverage, mode, told
 
 
@@ -32,8 +32,10 @@ class LoraOpsStack(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="<lora:style/ink:0.8>",
-                    tooltip="The LoRAs: lines like <lora:style/ink:0.8> or <lora:style/ink:0.8:0.6> (model, CLIP), or "
-                    '{"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,"clip":0.6}]}.',
+                    tooltip="The LoRAs, one a line: <lora:style/ink:0.8>, or <lora:style/ink:0.8:0.6> (model, CLIP). Or "
+                    'JSON: {"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,"clip":0.6}]}, '
+                    'where a row may have "start" and "end" (percent of sampling, 0 to 1) and "schedule" '
+                    "([[percent, factor], …]).",
                 ),
                 io.Model.Input("model", optional=True, tooltip="The diffusion model; the input itself stays as it is."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),
@@ -72,14 +74,17 @@ class LoraOpsStack(io.ComfyNode):
     def execute(cls, stack, min_coverage, mode, model=None, clip=None, lora_stack=None):
         require_inputs(cls.hidden, MODEL=model, CLIP=clip)
         rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
-        entries = [Entry(caches.load(row.name).lora, row.strengths) for row in rows]
+        if in_use(cls.hidden, 2):
+            require_tellable(rows)
+        entries = [Entry(caches.load(row.name).lora, row.strengths, row.schedule) for row in rows]
         start = time.perf_counter()
         landing = land(entries, patching.targets(model, clip))
         if landing.parts:
             require_coverage(landing, finite(min_coverage, "min_coverage"))
-        found = receipt(landing, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         words = joined(list(dict.fromkeys(word for entry in entries for word in trigger_words(entry.lora.metadata))))
-        model, clip = patching.patched(landing, model, clip)
+        model, clip, how = patching.applied(landing, mode, model, clip)
+        found = receipt(landing, seconds, how)
         return io.NodeOutput(
             model,
             clip,

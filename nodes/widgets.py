@@ -28,9 +28,11 @@ def min_coverage() -> io.Input:
 def mode() -> io.Input:
     return io.Combo.Input(
         "mode",
-        options=["patch"],
-        default="patch",
-        tooltip="How the update reaches the weights. patch: added when the model is loaded, at no cost per step.",
+        options=["auto", "patch", "live"],
+        default="auto",
+        tooltip="How the update reaches the model. patch: added to the weights when they are loaded, at no cost per "
+        "step. live: added to what each module puts out, for a few percent of a step; exact on fp8 and other quantised "
+        "models, and a changed strength costs nothing. auto: live where the weights are quantised, else patch.",
     )
 
 

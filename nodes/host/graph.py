@@ -7,12 +7,17 @@ from typing import Any
 from ...lora_ops.errors import StackError
 
 
+def in_use(hidden: Any, output: int) -> bool:
+    """Whether a node's output goes anywhere; hidden has its unique_id and the prompt."""
+    links = (link for node in (hidden.prompt or {}).values() for link in node.get("inputs", {}).values())
+    return [hidden.unique_id, output] in list(links)
+
+
 def require_inputs(hidden: Any, **outputs: Any) -> None:
     """Raises StackError for an output, named as its input and in output order, that is used and has no value.
 
     Without this a None would travel on and fail in another node, which cannot say what to connect.
     """
-    links = [link for node in (hidden.prompt or {}).values() for link in node.get("inputs", {}).values()]
     for number, (name, value) in enumerate(outputs.items()):
-        if value is None and [hidden.unique_id, number] in links:
+        if value is None and in_use(hidden, number):
             raise StackError(f"The {name} output is in use, the input is not connected.", remedy=f"Connect a {name}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.model_management
 import torch
@@ -15,6 +15,8 @@ from ...lora_ops.errors import TargetError
 from ...lora_ops.families import Shapes, recognise
 from ...lora_ops.landing import Landing, Piece, add_
 from ...lora_ops.lora import TargetMap
+from ...lora_ops.stack import Schedule
+from . import live
 
 
 class LandedPatch(WeightAdapterBase):
@@ -77,18 +79,45 @@ def _shapes(patcher: Any) -> Shapes:
     return {key: tuple(tensor.shape) for key, tensor in patcher.model_state_dict().items()}
 
 
-def patched(landing: Landing, model: Any, clip: Any) -> tuple[Any, Any]:
-    """Clones of MODEL and CLIP with the landing on them; what is not connected or not touched is passed on."""
-    by_part: dict[str, dict[str, LandedPatch]] = {"model": {}, "clip": {}}
-    for (part, key), pieces in landing.pieces.items():
-        by_part[part][key] = LandedPatch.of(pieces)
-    if by_part["model"]:
+class Applied(NamedTuple):
+    """MODEL and CLIP with a landing on them, and per part how: "patch", or "live" and why."""
+
+    model: Any
+    clip: Any
+    how: dict[str, str]
+
+
+def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
+    """Put a landing on clones of MODEL and CLIP; what is not connected or not touched is passed on as it is.
+
+    mode is "patch", "live", or "auto": live where the base is stored too coarsely to hold the update.
+    """
+    how: dict[str, str] = {}
+    if pieces := landing.of_part("model"):
         model = model.clone()
-        _register(model, by_part["model"])
-    if by_part["clip"]:
+        how["model"] = _put(model, landing, "model", pieces, mode)
+    if pieces := landing.of_part("clip"):
         clip = clip.clone()
-        _register(clip.patcher, by_part["clip"])
-    return model, clip
+        how["clip"] = _put(clip.patcher, landing, "clip", pieces, mode)
+    return Applied(model, clip, how)
+
+
+def _put(patcher: Any, landing: Landing, part: str, pieces: Mapping[str, tuple[Piece, ...]], mode: str) -> str:
+    rows = [row.entry for row in landing.rows]
+    # A text encoder runs once, before sampling: there is no percent for it.
+    schedules = [row.schedule if part == "model" else Schedule() for row in rows]
+    stored = live.coarse(patcher, list(pieces)) if mode == "auto" else ""
+    if not all(schedule.constant for schedule in schedules):
+        how = "live, for the schedule"
+    elif stored:
+        how = f"live, its weights are {stored}"
+    else:
+        how = "patch" if mode == "auto" else mode
+    if how == "patch":
+        _register(patcher, {key: LandedPatch.of(there) for key, there in pieces.items()})
+    else:
+        live.attach(patcher, pieces, [row.strengths[part] for row in rows], schedules)
+    return how
 
 
 def _register(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
 from types import ModuleType
 
 import pytest
+import torch
 
 from harness import comfy, demo, small
 from harness.comfy import PACK
@@ -50,18 +52,56 @@ def pack(comfy_path) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
-def models(comfy_path):
+def ours(pack):
+    """The pack's modules by name, as the host has them."""
+    return lambda name: importlib.import_module(f"{MOUNT}.{name}")
+
+
+@pytest.fixture(scope="session")
+def apply(ours):
+    """apply(model, (tensors, strength), …): our patch of these LoRA files on a clone, in one stack."""
+    files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")
+    landing, patching = ours("lora_ops.landing"), ours("nodes.host.patching")
+
+    def put(model, *loras, mode="patch"):
+        entries = [
+            stack.Entry(lora.from_file(files.TensorFile("test", tensors)), {"model": strength, "clip": strength})
+            for tensors, strength in loras
+        ]
+        landed = landing.land(entries, patching.targets(model, None))
+        landing.require_coverage(landed, 1.0)
+        return patching.applied(landed, mode, model, None).model
+
+    return put
+
+
+@pytest.fixture(scope="session")
+def samples(ours):
+    """samples(model, number, seed): the tensors of one of the sample LoRAs for a model."""
+    made, patching = ours("lora_ops.samples"), ours("nodes.host.patching")
+
+    def tensors(model, number: int = 0, seed: int = 0):
+        found = made.tensors(made.SAMPLES[number], patching.targets(model, None))
+        generator = torch.Generator().manual_seed(seed)
+        noise = {key: torch.randn(t.shape, generator=generator) * 0.02 * seed for key, t in found.items()}
+        return {key: t if key.endswith(".alpha") else t + noise[key] for key, t in found.items()}
+
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def small_files(comfy_path):
     """A folder of small random models that the host's own loaders take for SD1.5 and FLUX."""
     return small.cached(comfy_path, *small.FILES)
 
 
 @pytest.fixture(scope="session")
-def server(comfy_path, models, tmp_path_factory):
+def server(comfy_path, small_files, tmp_path_factory):
     """A running server with the small models and the sample LoRAs. It writes no workflow into pictures, so that equal
     pictures are equal files."""
     base = tmp_path_factory.mktemp("comfy")
-    demo.write_samples(models, base / "models" / "loras")
-    with Server(comfy_path, base, models=models, arguments=("--disable-metadata",)) as running:
+    demo.write_samples(small_files, base / "models" / "loras")
+    with Server(comfy_path, base, models=small_files, arguments=("--disable-metadata",)) as running:
         yield running
 
 

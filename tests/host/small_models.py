@@ -55,6 +55,7 @@ FLUX = {
     "guidance_embed": True,
 }
 CONFIGS = {"sd15": ("SD15", SD15), "sdxl": ("SDXL", SDXL), "flux": ("Flux", FLUX)}
+FAMILIES = tuple(CONFIGS)
 CPU = torch.device("cpu")
 
 
@@ -65,12 +66,13 @@ def model(family: str, dtype: torch.dtype = torch.float32):
 
     name, config = CONFIGS[family]
     made = getattr(comfy.supported_models, name)(dict(config))
-    made.set_inference_dtype(dtype, None)
+    made.set_inference_dtype(dtype, None if dtype.itemsize > 1 else torch.float32)  # fp8 is stored, not computed in
     inner = made.get_model({}, "", device=CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in inner.diffusion_model.parameters():
-            weight.copy_(torch.randn(weight.shape, generator=generator) / max(1, weight[0].numel()) ** 0.5)
+            fan_in = max(1, weight.shape[1:].numel())
+            weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
     return comfy.model_patcher.ModelPatcher(inner, CPU, CPU)
 
 
@@ -82,3 +84,30 @@ def patched_weights(patcher) -> dict[str, torch.Tensor]:
 def weights(patcher) -> dict[str, torch.Tensor]:
     """The model's weights now, copied."""
     return {key: tensor.clone() for key, tensor in patcher.model.state_dict().items()}
+
+
+def run(patcher) -> torch.Tensor:
+    """One call of the model, loaded by the host as for sampling, on inputs that depend on nothing."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+    generator = torch.Generator().manual_seed(1)
+    inner, config = patcher.model, patcher.model.model_config.unet_config
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    context = config.get("context_dim") or config["context_in_dim"]
+    extra = {}
+    if width := config.get("adm_in_channels") or config.get("vec_in_dim"):
+        extra["y"] = noise(1, width)
+    if config.get("guidance_embed"):
+        extra["guidance"] = torch.tensor([3.5])
+    with torch.no_grad():
+        return inner.apply_model(
+            noise(1, inner.latent_format.latent_channels, 16, 16),
+            torch.tensor([0.5]),
+            c_crossattn=noise(1, 7, context),
+            transformer_options={},
+            **extra,
+        )

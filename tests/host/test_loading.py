@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import os
 import shutil
 import subprocess
@@ -13,12 +12,6 @@ import pytest
 import torch
 
 from harness.comfy import PACK
-from harness.server import MOUNT
-
-
-@pytest.fixture
-def ours(pack):
-    return lambda name: importlib.import_module(f"{MOUNT}.{name}")
 
 
 @pytest.fixture

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 
-from harness.server import MOUNT
 from tests.host import small_models
-from tests.host.small_models import patched_weights
+from tests.host.small_models import FAMILIES, patched_weights
 
-FAMILIES = ("sd15", "sdxl", "flux")
 STRENGTHS = (1.0, 0.7, -0.3, 2.5)
-
-
-@pytest.fixture(scope="module")
-def ours(pack):
-    """The pack's modules by name, as the host has them."""
-    return lambda name: importlib.import_module(f"{MOUNT}.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -32,38 +22,6 @@ def model(models, request):
 
 
 each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def apply(ours):
-    """apply(model, (tensors, strength), …): our patch of these LoRA files on a clone, in one stack."""
-    files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")
-    landing, patching = ours("lora_ops.landing"), ours("nodes.host.patching")
-
-    def put(model, *loras):
-        entries = [
-            stack.Entry(lora.from_file(files.TensorFile("test", tensors)), {"model": strength, "clip": strength})
-            for tensors, strength in loras
-        ]
-        landed = landing.land(entries, patching.targets(model, None))
-        landing.require_coverage(landed, 1.0)
-        return patching.patched(landed, model, None)[0]
-
-    return put
-
-
-@pytest.fixture(scope="module")
-def samples(ours):
-    """samples(model, number, seed): the tensors of one of the sample LoRAs for a model."""
-    made, patching = ours("lora_ops.samples"), ours("nodes.host.patching")
-
-    def tensors(model, number: int = 0, seed: int = 0):
-        found = made.tensors(made.SAMPLES[number], patching.targets(model, None))
-        generator = torch.Generator().manual_seed(seed)
-        noise = {key: torch.randn(t.shape, generator=generator) * 0.02 * seed for key, t in found.items()}
-        return {key: t if key.endswith(".alpha") else t + noise[key] for key, t in found.items()}
-
-    return tensors
 
 
 def host_apply(model, tensors, strength):

@@ -258,12 +258,12 @@ def test_a_file_truncated_and_replaced_while_in_use_kills_nothing(server, sd15):
     )
 
 
-def test_the_servers_log_has_no_error_or_warning_of_ours_when_all_goes_well(comfy_path, models, tmp_path, example):
+def test_the_servers_log_has_no_error_or_warning_of_ours_when_all_goes_well(comfy_path, small_files, tmp_path, example):
     from harness import demo
     from harness.server import Server
 
-    demo.write_samples(models, tmp_path / "models" / "loras")
-    with Server(comfy_path, tmp_path, models=models) as quiet:
+    demo.write_samples(small_files, tmp_path / "models" / "loras")
+    with Server(comfy_path, tmp_path, models=small_files) as quiet:
         quiet.post(example(STACK))
         quiet.post(example(FLUX))
         log = quiet.log()

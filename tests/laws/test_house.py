@@ -24,6 +24,7 @@ ORDER = (
     "select",
     "stack",
     "landing",
+    "live",
     "receipt",
     "merge",
     "train",

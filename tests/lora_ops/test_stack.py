@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_ops.errors import StackError
-from lora_ops.stack import Row, dump, parse
+from lora_ops.stack import Row, parse
 
 INK = Row("style/ink.safetensors", 0.8, 0.6)
 
@@ -35,9 +35,11 @@ def test_without_a_clip_strength_clip_follows_the_model():
     assert INK.strengths == {"model": 0.8, "clip": 0.6}
 
 
-@pytest.mark.parametrize("rows", [(), (INK,), (Row('ü, "x"', 1.0, None, False), INK)])
-def test_what_is_written_is_read_back(rows):
-    assert parse(dump(rows)) == rows
+def test_a_schedule_is_a_line_between_its_points_inside_its_window():
+    (row,) = parse('{"version":1,"rows":[{"lora":"a","start":0.1,"end":0.9,"schedule":[[0.2,1],[0.6,0],[0.8,2]]}]}')
+    percents = (0.0, 0.1, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95)
+    assert [round(row.schedule.at(p), 9) for p in percents] == [0, 1, 1, 0.5, 0, 1, 2, 2, 0]
+    assert not row.schedule.constant and Row("a").schedule.constant and Row("a").schedule.at(0.3) == 1
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
@@ -60,7 +62,13 @@ def test_no_text_is_an_empty_stack(text):
         ('{"version":1,"rows":[{"lora":"a","strength":"1"}]}', "finite number"),
         ('{"version":1,"rows":[{"lora":"a","strength":NaN}]}', "finite number"),
         ('{"version":1,"rows":[{"lora":"a","on":1}]}', "true or false"),
-        ('{"version":1,"rows":[{"lora":"a","start":0.2}]}', "does not know: start"),
+        ('{"version":1,"rows":[{"lora":"a","blocks":"x"}]}', "does not know: blocks"),
+        ('{"version":1,"rows":[{"lora":"a","start":0.5,"end":0.5}]}', "within 0 to 1"),
+        ('{"version":1,"rows":[{"lora":"a","end":1.5}]}', "within 0 to 1"),
+        ('{"version":1,"rows":[{"lora":"a","schedule":"0:1"}]}', r"should be \[\[percent, factor\]"),
+        ('{"version":1,"rows":[{"lora":"a","schedule":[[0,1,2]]}]}', r"should be \[\[percent, factor\]"),
+        ('{"version":1,"rows":[{"lora":"a","schedule":[[0.5,1],[0.2,0]]}]}', "should rise"),
+        ('{"version":1,"rows":[{"lora":"a","schedule":[[0,"1"]]}]}', "finite number"),
         ('{"version":1,"rows":[],"more":1}', "unknown fields: more"),
         ("{broken", "no valid JSON"),
         ("[1,2]", "should be"),

@@ -1,0 +1,188 @@
+"""Live mode on the host: equal to patch mode, exact on fp8, beside everybody else's hooks, and gone afterwards."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import pytest
+import torch
+
+from tests.host import small_models
+from tests.host.small_models import FAMILIES, run
+
+
+@pytest.fixture(scope="module")
+def models(pack):
+    return {family: small_models.model(family) for family in FAMILIES}
+
+
+@pytest.fixture
+def model(models, request):
+    return models[request.param]
+
+
+each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
+
+
+def bypass(model, tensors, strength):
+    import comfy.sd
+
+    return comfy.sd.load_bypass_lora_for_models(model, None, dict(tensors), strength, 0)[0]
+
+
+def near(one, other, relative=1e-5):
+    return (one - other).norm() <= relative * other.norm()
+
+
+def footprint(model):
+    """Everything that hooks and patches could leave on a model."""
+    modules = {name: set(module.__dict__) for name, module in model.model.named_modules()}
+    return modules, small_models.weights(model)
+
+
+def unchanged(model, before, *, attributes=True):
+    modules, weights = footprint(model)
+    same = all(torch.equal(weights[key], before[1][key]) for key in before[1])
+    return same and (not attributes or modules == before[0])
+
+
+@each_family
+@pytest.mark.parametrize("number", [0, 2])
+def test_live_equals_patch(model, samples, apply, number):
+    """kohya names whole weights, diffusers names bands of the fused ones."""
+    loras = [(samples(model, number, seed=1), 0.8), (samples(model, number, seed=2), -0.4)]
+    plain, before = run(model), footprint(model)
+    patched = run(apply(model, *loras, mode="patch"))
+    live = run(apply(model, *loras, mode="live"))
+    assert near(live, patched) and not near(plain, patched, 1e-3)
+    assert torch.equal(run(model), plain) and unchanged(model, before)
+
+
+@each_family
+def test_a_chain_of_live_nodes_is_one_hook_per_module_and_adds_up(model, samples, apply):
+    loras = [(samples(model, 0, seed=seed), strength) for seed, strength in ((1, 0.8), (2, -0.4), (3, 0.3))]
+    chain = model
+    for each in loras:
+        chain = apply(chain, each, mode="live")
+    assert list(chain.injections) == ["lora_ops_live"] and len(chain.injections["lora_ops_live"]) == 1
+    assert near(run(chain), run(apply(model, *loras, mode="patch")))
+
+
+def test_live_and_patch_and_the_hosts_own_loaders_add_up_in_any_order(models, samples, apply):
+    from tests.host.test_patching import host_apply
+
+    model = models["sd15"]
+    tensors = [samples(model, 0, seed=seed) for seed in range(1, 5)]
+    truth = run(apply(model, *((each, 0.3) for each in tensors), mode="patch"))
+    run(model)
+    before = footprint(model)
+    steps = [
+        lambda m: apply(m, (tensors[0], 0.3), mode="live"),
+        lambda m: apply(m, (tensors[1], 0.3), mode="patch"),
+        lambda m: host_apply(m, tensors[2], 0.3),
+        lambda m: bypass(m, tensors[3], 0.3),
+    ]
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)):
+        mixed = model
+        for number in order:
+            mixed = steps[number](mixed)
+        for _ in range(2):
+            assert near(run(mixed), truth), order
+        mixed.detach()
+        # the host's bypass leaves a bound `forward` on its modules
+        assert unchanged(model, before, attributes=False)
+        assert near(run(model), run(model.clone()), 0)
+
+
+def test_fifty_cycles_of_a_chain_of_six_leave_the_base_bit_identical(models, samples, apply):
+    import comfy.model_management
+
+    from tests.host.test_patching import host_apply
+
+    model = models["flux"]
+    plain, before = run(model), footprint(model)
+    tensors = [samples(model, 0, seed=seed) for seed in range(1, 6)]
+    mixed = apply(model, (tensors[0], 0.2), mode="live")
+    mixed = host_apply(mixed, tensors[1], 0.2)
+    mixed = apply(mixed, (tensors[2], 0.2), mode="patch")
+    mixed = bypass(mixed, tensors[3], 0.2)
+    mixed = apply(mixed, (tensors[4], 0.2), mode="live")
+    other = host_apply(model, tensors[0], 1.0)
+    mixed = mixed.clone()  # a merge of two models: three quarters of this one
+    mixed.add_patches({key: there for key, there in other.get_key_patches("diffusion_model.").items()}, 0.25, 0.75)
+    first = run(mixed)
+    for _ in range(50):
+        comfy.model_management.load_models_gpu([mixed])
+        comfy.model_management.load_models_gpu([model])
+    assert torch.equal(run(mixed), first) and torch.equal(run(model), plain)
+    mixed.detach()
+    assert unchanged(model, before, attributes=False)
+
+
+def test_a_changed_strength_touches_no_weight_and_takes_under_a_millisecond(models, samples, apply):
+    import comfy.model_management
+
+    model = models["sd15"]
+    tensors = samples(model, 0, seed=1)
+    first, second = (apply(model, (tensors, strength), mode="live") for strength in (0.5, 0.9))
+    run(first)
+    places = {key: tensor.data_ptr() for key, tensor in model.model.state_dict().items()}
+    hooks = model.model.diffusion_model.middle_block[1].proj_in.forward.__self__
+    comfy.model_management.load_models_gpu([second])
+    assert {key: tensor.data_ptr() for key, tensor in model.model.state_dict().items()} == places
+    assert model.model.diffusion_model.middle_block[1].proj_in.forward.__self__ is hooks
+    assert near(run(second), run(apply(model, (tensors, 0.9), mode="patch")))
+    (injection,) = second.injections["lora_ops_live"]
+    second.eject_model()
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        injection.inject(second)
+        times.append(time.perf_counter() - start)
+        injection.eject(second)
+    assert min(times) < 1e-3
+
+
+def test_a_forgotten_clone_takes_nothing_from_the_one_in_use(models, samples, apply):
+    model = models["flux"]
+    tensors = samples(model, 0, seed=1)
+    first = apply(model, (tensors, 0.5), mode="live")
+    run(first)
+    second = apply(model, (tensors, 0.9), mode="live")
+    expected = run(second)
+    stray = second.clone()
+    del first, stray
+    gc.collect()
+    assert torch.equal(run(second), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_on_an_fp8_base_auto_is_live_and_exact_where_baking_is_not(pack, ours, samples, apply, dtype):
+    """The update that reaches the output: live within one percent of the error that baking it into fp8 leaves."""
+    model = small_models.model("flux", dtype)
+    tensors = samples(model, 0, seed=1)
+    auto = apply(model, (tensors, 0.5), mode="auto")
+    assert auto.get_attachment("lora_ops_live") is not None and not auto.patches
+    baked = apply(model, (tensors, 0.5), mode="patch")
+    module = "diffusion_model.single_blocks.0.linear2"
+    layer = model.model.diffusion_model.single_blocks[0].linear2
+    adapter = ours("lora_ops.lora").from_file(ours("lora_ops.files").TensorFile("x", tensors))
+    adapter = adapter.modules["lora_unet_single_blocks_0_linear2"]
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(3))
+    exact = 0.5 * x.double() @ adapter.delta((layer.out_features, layer.in_features), torch.float64).T
+    base = layer(x)
+
+    def error(patcher):
+        run(patcher)
+        found = layer(x).double() - base.double()
+        return float((found - exact).norm() / exact.norm())
+
+    assert module + ".weight" in baked.patches
+    assert error(auto) < 0.01 * error(baked)
+    auto.detach()
+
+
+def test_on_a_float_base_auto_is_patch(models, samples, apply):
+    auto = apply(models["sd15"], (samples(models["sd15"]), 1.0), mode="auto")
+    assert auto.patches and auto.get_attachment("lora_ops_live") is None

@@ -1,0 +1,213 @@
+"""Live: the same function as with the update in the weights, and no trace afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lora_ops.adapters import LowRank
+from lora_ops.errors import TargetError
+from lora_ops.landing import Piece, merged
+from lora_ops.live import Live
+from lora_ops.lora import Band
+
+
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(rows: int, *inputs: int, rank: int = 3, seed: int = 0, alpha: float | None = None) -> LowRank:
+    ones = [1] * (len(inputs) - 1)
+    return LowRank(rand(rows, rank, *ones, seed=seed), rand(rank, *inputs, seed=seed + 50), alpha)
+
+
+# name -> (module, its input, pieces at strengths 1, -0.5 and 0.3 by row)
+CASES = {
+    "linear": (
+        nn.Linear(8, 12),
+        rand(2, 5, 8),
+        [Piece(low_rank(12, 8), None, 1.0, 0), Piece(low_rank(12, 8, rank=2, seed=1, alpha=4.0), None, -0.5, 1)],
+    ),
+    "bands of a fused linear": (
+        nn.Linear(8, 24),
+        rand(2, 5, 8),
+        [
+            Piece(low_rank(8, 8), Band(0, 8), 1.0, 0),
+            Piece(low_rank(8, 8, seed=1), Band(16, 8), 1.0, 0),
+            Piece(low_rank(8, 8, seed=2), Band(16, 8), -0.5, 1),
+            Piece(low_rank(24, 8, seed=3), None, 0.3, 2),
+        ],
+    ),
+    "conv with stride, padding and dilation": (
+        nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2),
+        rand(2, 8, 9, 9),
+        [Piece(low_rank(12, 8, 3, 3), None, 1.0, 0), Piece(low_rank(12, 8, 3, 3, seed=1), None, -0.5, 1)],
+    ),
+    "conv that wraps around": (
+        nn.Conv2d(8, 12, 3, padding=1, padding_mode="circular"),
+        rand(2, 8, 9, 9),
+        [Piece(low_rank(12, 8, 3, 3), None, 1.0, 0)],
+    ),
+    "1x1 conv with a matrix": (
+        nn.Conv2d(8, 12, 1),
+        rand(2, 8, 4, 4),
+        [Piece(low_rank(12, 8), None, 1.0, 0), Piece(low_rank(12, 8, 1, 1, seed=1), None, -0.5, 1)],
+    ),
+    "conv3d": (nn.Conv3d(8, 12, (1, 3, 3)), rand(1, 8, 2, 5, 5), [Piece(low_rank(12, 8, 1, 3, 3), None, 1.0, 0)]),
+    "conv1d": (nn.Conv1d(8, 12, 3), rand(2, 8, 9), [Piece(low_rank(12, 8, 3), None, 1.0, 0)]),
+}
+STRENGTHS = [1.0, -0.5, 0.3]
+
+
+def assert_near(found, exact):
+    """float32 against float64: each entry is a sum of some dozens of products, each rounded at 6e-8."""
+    assert (found.detach().double() - exact).norm() <= 1e-6 * exact.norm()
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    module, x, pieces = CASES[request.param]
+    return module, x, pieces, Live({"m": module}, {"m": pieces})
+
+
+def expected(module, x, pieces):
+    """What the module gives with the update in its weight, in float64."""
+    changed = type(module).__new__(type(module))
+    changed.__dict__ = {**module.__dict__, "_parameters": {k: p for k, p in module._parameters.items()}}
+    changed.__dict__.pop("forward", None)
+    exact = module.weight.detach().double()
+    for piece in pieces:
+        rows = exact if piece.band is None else exact.narrow(0, piece.band.start, piece.band.length)
+        rows += piece.strength * piece.adapter.delta(tuple(rows.shape), torch.float64)
+    changed._parameters["weight"] = nn.Parameter(exact)
+    changed._parameters["bias"] = nn.Parameter(module.bias.detach().double())
+    return changed(x.double()).detach()
+
+
+def test_live_is_the_module_with_the_update_in_its_weight(case):
+    module, x, pieces, live = case
+    before = module.weight.clone()
+    live.set_strengths(STRENGTHS)
+    live.install()
+    try:
+        found = module(x)
+    finally:
+        assert live.remove()
+    assert_near(found, expected(module, x, pieces))
+    assert torch.equal(module.weight, before)
+
+
+def test_a_changed_strength_is_read_at_the_next_call_and_changes_no_tensor_but_one(case):
+    module, x, pieces, live = case
+    live.set_strengths(STRENGTHS)
+    live.install()
+    try:
+        module(x)
+        terms = [(term.up.data_ptr(), term.down.data_ptr(), term.gains.data_ptr()) for term in live._hooks[0]._terms]
+        live.set_strengths([2.0, 0.0, -1.0])
+        found = module(x)
+        assert terms == [(t.up.data_ptr(), t.down.data_ptr(), t.gains.data_ptr()) for t in live._hooks[0]._terms]
+    finally:
+        live.remove()
+    changed = [Piece(p.adapter, p.band, [2.0, 0.0, -1.0][p.row], p.row) for p in pieces]
+    assert_near(found, expected(module, x, changed))
+
+
+def test_removing_leaves_nothing_behind(case):
+    module, x, _, live = case
+    attributes, before = set(module.__dict__), module(x)
+    for _ in range(3):
+        live.install()
+        live.install()  # twice is once
+        assert live.remove()
+        assert live.remove()
+    assert set(module.__dict__) == attributes and torch.equal(module(x), before)
+
+
+def test_another_hook_below_or_above_is_neither_lost_nor_kept():
+    class Other:
+        """Hooks the way the host's bypass does: it keeps the forward it found and puts it back."""
+
+        def __init__(self, module):
+            self.module, self.original = module, None
+
+        def install(self):
+            self.original = self.module.forward
+            self.module.forward = self.forward
+
+        def remove(self):
+            self.module.forward = self.original
+
+        def forward(self, x):
+            return self.original(x) + 100
+
+    for ours_first in (True, False):
+        module = nn.Linear(8, 12)
+        x, plain = rand(2, 8), module(rand(2, 8))
+        live, other = Live({"m": module}, {"m": [Piece(low_rank(12, 8), None, 1.0)]}), Other(module)
+        live.set_strengths([1.0])
+        live.install()
+        alone = module(x)
+        live.remove()
+        first, second = (live, other) if ours_first else (other, live)
+        first.install()
+        second.install()
+        torch.testing.assert_close(module(x), alone + 100)
+        first.remove()  # as the host does it: in the order of installing
+        second.remove()
+        live.remove()
+        assert torch.equal(module(x), plain)
+        assert getattr(module.__dict__.get("forward"), "__self__", module) is module
+
+
+def test_other_dtypes_and_gradients_pass_through():
+    module = nn.Linear(8, 12)
+    live = Live({"m": module}, {"m": [Piece(low_rank(12, 8), None, 1.0)]})
+    live.set_strengths([1.0])
+    live.install()
+    try:
+        x = rand(2, 8).requires_grad_()
+        module(x).sum().backward()
+        full = merged(module.weight.detach(), [Piece(low_rank(12, 8), None, 1.0)])
+        torch.testing.assert_close(x.grad, full.sum(0).expand(2, 8))
+        half = module.to(torch.bfloat16)(rand(2, 8).bfloat16())
+        assert half.dtype == torch.bfloat16
+    finally:
+        live.remove()
+
+
+def test_what_cannot_run_live_is_refused_with_the_remedy():
+    for module in (nn.LayerNorm(8), nn.Embedding(4, 8), nn.Conv2d(8, 8, 3, groups=8)):
+        with pytest.raises(TargetError, match="Use mode patch"):
+            Live({"m": module}, {"m": [Piece(low_rank(8, 8), None, 1.0)]})
+
+
+def test_a_changed_strength_compiles_nothing_again():
+    module = nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8))
+    pieces = {"0": [Piece(low_rank(12, 8), None, 1.0, 0)], "1": [Piece(low_rank(8, 12), None, 1.0, 1)]}
+    live = Live({"0": module[0], "1": module[1]}, pieces)
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(module, backend=backend)
+    x = rand(2, 8)
+    with torch.no_grad():
+        live.set_strengths([1.0, 1.0])
+        live.install()
+        compiled(x)
+        first = compiled(x)
+        count = len(compilations)
+        live.set_strengths([0.25, -2.0])
+        second = compiled(x)
+        live.remove()
+        live.install()
+        again = compiled(x)
+        live.remove()
+        plain = compiled(x)
+    assert count >= 1 and len(compilations) <= count + 1  # one more without hooks
+    assert not torch.equal(first, second) and torch.equal(second, again)
+    torch.testing.assert_close(plain, module(x).detach())
