@@ -1,6 +1,6 @@
 """Small random models of real families, which the host's own loaders take for the real ones.
 
-Run as a script (`python harness/small.py --comfy PATH --out MODELS_DIR sd15 flux`) it builds them: shapes come from
+Run as a program (`python -m harness.small --comfy PATH --out MODELS_DIR sd15 flux`) it builds them: shapes come from
 the host's own classes on the meta device, so nothing here repeats an architecture. It must be a process of its own:
 with the pack's root on sys.path the host's `import nodes` would find the pack's.
 """
@@ -15,6 +15,10 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+
+from harness import configs
+from harness.comfy import PACK
+from harness.environment import cache
 
 FILES = {
     "sd15": ("checkpoints/v1-5-pruned-emaonly-fp16.safetensors",),
@@ -31,16 +35,15 @@ LAST_CONVOLUTION = "taesd_decoder.19."  # kept around mid-grey and small, or mos
 def cached(comfy: Path, *families: str) -> Path:
     """A models folder in the user's cache that holds these families, built if they are missing.
 
-    Keyed by this file's bytes and torch's version: the same key holds the same bytes.
+    Keyed by the bytes of this file and the configurations, and torch's version: the same key holds the same bytes.
     """
-    from harness.environment import cache
-
-    key = hashlib.sha256(Path(__file__).read_bytes() + metadata.version("torch").encode()).hexdigest()[:12]
+    sources = Path(__file__).read_bytes() + Path(configs.__file__).read_bytes()
+    key = hashlib.sha256(sources + metadata.version("torch").encode()).hexdigest()[:12]
     models = cache() / f"models-{key}"
     missing = [f for f in families if not all((models / file).exists() for file in FILES[f])]
     if missing:
-        script = [sys.executable, str(Path(__file__).absolute())]
-        subprocess.run([*script, "--comfy", str(comfy), "--out", str(models), *missing], check=True)
+        command = [sys.executable, "-m", "harness.small", "--comfy", str(comfy), "--out", str(models), *missing]
+        subprocess.run(command, cwd=PACK, check=True)
     return models
 
 
@@ -63,22 +66,12 @@ def _sd15_checkpoint():
     import torch
 
     config = comfy.supported_models.SD15(
-        {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
+        configs.SD15
+        | {
             "num_res_blocks": [1],
             "channel_mult": [1],
             "transformer_depth": [1],
             "transformer_depth_output": [0, 0],
-            "transformer_depth_middle": 1,
-            "context_dim": 768,
-            "use_spatial_transformer": True,
-            "use_linear_in_transformer": False,
-            "use_temporal_attention": False,
-            "adm_in_channels": None,
-            "legacy": False,
         }
     )
     clip = comfy.sd1_clip.SD1ClipModel(device="meta", dtype=torch.float16).state_dict()
@@ -94,24 +87,7 @@ def _flux_dev():
     import comfy.supported_models
 
     config = comfy.supported_models.Flux(
-        {
-            "image_model": "flux",
-            "in_channels": 16,
-            "out_channels": 16,
-            "patch_size": 2,
-            "hidden_size": 256,
-            "num_heads": 2,
-            "axes_dim": [16, 56, 56],
-            "depth": 2,
-            "depth_single_blocks": 2,
-            "context_in_dim": 768,
-            "vec_in_dim": 768,
-            "mlp_ratio": 4.0,
-            "theta": 10000,
-            "qkv_bias": True,
-            "txt_ids_dims": [],
-            "guidance_embed": True,
-        }
+        configs.FLUX | {"hidden_size": 256, "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 768}
     )
     return _unet(config)
 
@@ -193,7 +169,7 @@ def main() -> None:
     parser.add_argument("families", nargs="+", choices=FILES)
     asked = parser.parse_args()
 
-    sys.path[0] = str(asked.comfy)  # this script's own folder goes: its comfy.py would hide the host's package
+    sys.path[0] = str(asked.comfy)  # the pack's root goes: its nodes would hide the host's
     from comfy.cli_args import args
 
     args.cpu = True  # before anything else of the host is imported, which looks for a GPU at once

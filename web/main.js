@@ -1,7 +1,7 @@
-/** The extension: whatever our nodes tell of a run is shown on them as a receipt. */
+/** The extension: what our nodes tell of a run, or why one failed, is shown on them. */
 
 import { watchRuns } from "./host.js";
-import { expire, show, style } from "./receipt.js";
+import { expire, fail, show, style } from "./receipt.js";
 
 style();
-watchRuns({ told: show, begun: expire });
+watchRuns({ told: show, failed: fail, begun: expire });

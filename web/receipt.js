@@ -1,4 +1,4 @@
-/** The receipt on a node: what its last run told, as text. */
+/** The receipt on a node: what its last run told, or why it failed, as text. */
 
 import { addBelow, redraw } from "./host.js";
 
@@ -9,8 +9,12 @@ const receipts = new WeakMap(); // node -> its Receipt
 
 /** Shows what a run told, in place of what an earlier one did. The text is a stranger's: never markup. */
 export function show(node, text, json) {
-  if (!receipts.has(node)) receipts.set(node, new Receipt(node));
-  receipts.get(node).show(text, json);
+  receiptOn(node).show(text, json, tone);
+}
+
+/** Shows why a node failed, in place of its receipt. */
+export function fail(node, error, message) {
+  receiptOn(node).show(message, JSON.stringify({ error, message }), () => "bad");
 }
 
 /** Marks what a node shows as told by an earlier run. */
@@ -27,6 +31,11 @@ export function tone(line) {
   return line.startsWith("   ") ? "aside" : "";
 }
 
+function receiptOn(node) {
+  if (!receipts.has(node)) receipts.set(node, new Receipt(node));
+  return receipts.get(node);
+}
+
 class Receipt {
   #json = "";
   #lines = element("div", "lines");
@@ -39,9 +48,9 @@ class Receipt {
     new ResizeObserver(() => this.#fit(node)).observe(this.#lines);
   }
 
-  show(text, json) {
+  show(text, json, tone) {
     this.#json = json;
-    this.#lines.replaceChildren(...text.split("\n").map(row));
+    this.#lines.replaceChildren(...text.split("\n").map((line) => row(line, tone(line))));
     this.#root.classList.remove("expired");
   }
 
@@ -57,7 +66,7 @@ class Receipt {
   #corner() {
     const corner = element("div", "corner");
     const button = element("button", "", "JSON");
-    button.title = "Copy this receipt as JSON";
+    button.title = "Copy this as JSON";
     button.addEventListener("click", async () => {
       button.textContent = (await copied(this.#json)) ? "copied" : "failed";
       setTimeout(() => (button.textContent = "JSON"), 1500);
@@ -68,8 +77,8 @@ class Receipt {
 }
 
 /** A line that wraps under its own text, not under its mark. */
-function row(line) {
-  const found = element("div", tone(line), line);
+function row(line, tone) {
+  const found = element("div", tone, line);
   found.style.setProperty("--hang", `${line.match(/^ *([✓!] )?/)[0].length}ch`);
   return found;
 }

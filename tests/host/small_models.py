@@ -4,68 +4,24 @@ from __future__ import annotations
 
 import torch
 
-UNET = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "use_spatial_transformer": True,
-    "use_temporal_attention": False,
-    "legacy": False,
+from harness.configs import PUBLISHED
+
+SMALLER = {
+    "sd15": {"model_channels": 32},
+    "sdxl": {"model_channels": 32, "num_heads": 8, "num_head_channels": -1},
+    "flux": {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64},
 }
-SD15 = UNET | {
-    "num_res_blocks": [2, 2, 2, 2],
-    "channel_mult": (1, 2, 4, 4),
-    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "transformer_depth_middle": 1,
-    "context_dim": 768,
-    "use_linear_in_transformer": False,
-    "adm_in_channels": None,
-    "num_heads": 8,
-}
-SDXL = UNET | {
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": (1, 2, 4),
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "context_dim": 2048,
-    "use_linear_in_transformer": True,
-    "adm_in_channels": 2816,
-    "num_classes": "sequential",
-    "num_heads": 8,
-}
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "hidden_size": 128,
-    "num_heads": 1,
-    "axes_dim": [16, 56, 56],
-    "depth": 2,
-    "depth_single_blocks": 2,
-    "context_in_dim": 64,
-    "vec_in_dim": 768,
-    "mlp_ratio": 4.0,
-    "theta": 10000,
-    "qkv_bias": True,
-    "txt_ids_dims": [],
-    "guidance_embed": True,
-}
-CONFIGS = {"sd15": ("SD15", SD15), "sdxl": ("SDXL", SDXL), "flux": ("Flux", FLUX)}
-FAMILIES = tuple(CONFIGS)
+FAMILIES = tuple(SMALLER)
 CPU = torch.device("cpu")
 
 
-def model(family: str, dtype: torch.dtype = torch.float32):
-    """A ModelPatcher around a random model of this family."""
+def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = True):
+    """A ModelPatcher around a random model of this family, of megabytes or of the real size."""
     import comfy.model_patcher
     import comfy.supported_models
 
-    name, config = CONFIGS[family]
-    made = getattr(comfy.supported_models, name)(dict(config))
+    name, config = PUBLISHED[family]
+    made = getattr(comfy.supported_models, name)(config | (SMALLER[family] if smaller else {}))
     made.set_inference_dtype(dtype, None if dtype.itemsize > 1 else torch.float32)  # fp8 is stored, not computed in
     inner = made.get_model({}, "", device=CPU)
     generator = torch.Generator().manual_seed(0)

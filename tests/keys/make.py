@@ -1,8 +1,8 @@
 """Writes the key fixtures: key -> shape of each family's real model, from the host's own classes on the meta device.
 
-`python tests/keys/make.py COMFYUI_FOLDER` (no weights, no downloads). The text encoders come from transformers'
-published configurations as the host ships them. The FLUX.1 and SD listings equal the published checkpoints' keys
-after the host's own renaming (query_norm.scale -> query_norm.weight).
+`python -m tests.keys.make COMFYUI_FOLDER` from the repository; no weights, no downloads. The text encoders come from
+the configurations that the host ships. The listings equal the published checkpoints' keys after the host's own
+renaming (query_norm.scale -> query_norm.weight).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+
+from harness import configs
 
 FOLDER = Path(__file__).parent
 
@@ -25,74 +27,9 @@ def main(comfy_folder: str) -> None:
     import comfy.supported_models as models
     import torch
 
-    unet = {
-        "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 320,
-        "use_spatial_transformer": True,
-        "use_temporal_attention": False,
-        "legacy": False,
-    }
-    configs = {
-        "sd15": (
-            models.SD15,
-            unet
-            | {
-                "num_res_blocks": [2, 2, 2, 2],
-                "channel_mult": (1, 2, 4, 4),
-                "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-                "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-                "transformer_depth_middle": 1,
-                "context_dim": 768,
-                "use_linear_in_transformer": False,
-                "adm_in_channels": None,
-                "num_heads": 8,
-                "num_head_channels": -1,
-            },
-        ),
-        "sdxl": (
-            models.SDXL,
-            unet
-            | {
-                "num_res_blocks": [2, 2, 2],
-                "channel_mult": (1, 2, 4),
-                "transformer_depth": [0, 0, 2, 2, 10, 10],
-                "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-                "transformer_depth_middle": 10,
-                "context_dim": 2048,
-                "use_linear_in_transformer": True,
-                "adm_in_channels": 2816,
-                "num_classes": "sequential",
-                "num_heads": -1,
-                "num_head_channels": 64,
-            },
-        ),
-        "flux": (
-            models.Flux,
-            {
-                "image_model": "flux",
-                "in_channels": 16,
-                "out_channels": 16,
-                "patch_size": 2,
-                "vec_in_dim": 768,
-                "context_in_dim": 4096,
-                "hidden_size": 3072,
-                "mlp_ratio": 4.0,
-                "num_heads": 24,
-                "depth": 19,
-                "depth_single_blocks": 38,
-                "axes_dim": [16, 56, 56],
-                "theta": 10000,
-                "qkv_bias": True,
-                "guidance_embed": True,
-                "txt_ids_dims": [],
-            },
-        ),
-    }
-    for name, (cls, config) in configs.items():
+    for name, (cls, config) in configs.PUBLISHED.items():
         with torch.device("meta"):
-            model = cls(dict(config)).get_model({}, "", device="meta").diffusion_model
+            model = getattr(models, cls)(dict(config)).get_model({}, "", device="meta").diffusion_model
         write(name, {f"diffusion_model.{key}": list(t.shape) for key, t in model.state_dict().items()})
     operations = comfy.ops.disable_weight_init
     text = {

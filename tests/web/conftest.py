@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness import comfy
+from harness import comfy, small
 from harness.server import Server
 from tests.web.page import PATIENCE, Page
 
@@ -52,7 +52,7 @@ def server() -> Iterator[Server]:
     path = comfy.find()
     if path is None:
         pytest.skip("ComfyUI not found: set COMFYUI_PATH")
-    with Server(path) as running:
+    with Server(path, models=small.cached(path, "sd15")) as running:
         yield running
 
 

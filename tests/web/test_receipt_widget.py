@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness import small
 from harness.server import MOUNT
 from lora_ops import samples
 from lora_ops.dialects import target_map
@@ -21,6 +22,7 @@ from lora_ops.stack import PARTS, Entry
 HOSTILE = "<img src=x onerror=window.hacked=1>"
 MODULE = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn1_to_q"
 FILE = "ink.safetensors"
+FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
 GRAPH = """
     const add = (type, x) => {
         const node = LiteGraph.createNode(type);
@@ -34,12 +36,29 @@ GRAPH = """
     stack.connect(4, add("PreviewAny", 1100), 0);
     load.connect(2, preview, 0);
 """
+MISFIT = """
+    const model = LiteGraph.createNode("CheckpointLoaderSimple");
+    model.pos = [-400, 100];
+    model.widgets[0].value = given[0];
+    app.graph.add(model);
+    const fed = app.graph.nodes.find((node) => node.type === "LoraOpsStack");
+    model.connect(0, fed, fed.inputs.findIndex((input) => input.name === "model"));
+    fed.widgets[0].value = "<lora:flux:1>";
+"""
+FITS = """
+    app.graph.remove(app.graph.nodes.find((node) => node.type === "CheckpointLoaderSimple"));
+    app.graph.nodes.find((node) => node.type === "LoraOpsStack").widgets[0].value = "<lora:ink:0.8:0.6>";
+"""
 SAVED = "return {workflow: app.graph.serialize(), prompt: (await app.graphToPrompt()).output};"
 SCRIPT = f"/extensions/{MOUNT}/receipt.js"
 RECEIPT = ".lora_ops_receipt"
 TEXTS = f"""
     return [...document.querySelectorAll("{RECEIPT} .lines")]
         .map((lines) => [...lines.children].map((line) => line.textContent).join("\\n")).sort();
+"""
+FAILED = f"""
+    return [...document.querySelectorAll("{RECEIPT}:not(.expired)")].find((found) =>
+        found.clientHeight && found.textContent.includes("made for FLUX.1"));
 """
 EXPIRED = f"""
     return [...document.querySelectorAll("{RECEIPT}")].map((found) => found.classList.contains("expired"));
@@ -57,12 +76,26 @@ def lora(server) -> Path:
 
 
 @pytest.fixture
+def misfit(server) -> str:
+    """A checkpoint that the LoRA `flux`, written here, is not for."""
+    path = server.base / "models/loras/flux.safetensors"
+    factors = {f"{FLUX}.lora_up.weight": (9216, 2), f"{FLUX}.lora_down.weight": (2, 3072)}
+    write(path, {name: torch.ones(shape) for name, shape in factors.items()}, overwrite=True)
+    return Path(small.FILES["sd15"][0]).name
+
+
+@pytest.fixture
 def ran(lora, page):
     """The page after a run of two of our nodes, which show their receipts."""
     page.run(GRAPH)
     assert page.queue() == "execution_success"
     page.wait(f"return document.querySelectorAll('{RECEIPT} .lines > div').length > 2")
     return page
+
+
+def allow_clipboard(page):
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    page.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": permissions, "origin": page.server.url})
 
 
 def test_a_node_shows_what_its_run_told(ran):
@@ -90,7 +123,7 @@ def test_neither_workflow_nor_prompt_knows_of_a_receipt(ran):
     assert "receipt" not in json.dumps(saved["prompt"]) and "made for" not in json.dumps(saved)
     values = {node["type"]: node["widgets_values"] for node in saved["workflow"]["nodes"]}
     assert values["LoraOpsLoad"] == [FILE]
-    assert values["LoraOpsStack"] == ["<lora:ink:0.8:0.6>", 0.9, "patch"]
+    assert len(values["LoraOpsStack"]) == 3 and values["LoraOpsStack"][0] == "<lora:ink:0.8:0.6>"
 
 
 def test_a_workflow_saved_with_receipts_loads_as_it_was(ran):
@@ -103,6 +136,18 @@ def test_a_workflow_saved_with_receipts_loads_as_it_was(ran):
     assert after["prompt"] == before["prompt"]
 
 
+def test_a_saved_height_leaves_no_room_for_a_receipt(lora, page):
+    if page.run("return LiteGraph.vueNodesMode"):
+        pytest.skip("Nodes 2.0 measures its nodes itself")
+    page.run(GRAPH)
+    heights = "app.canvas.draw(true, true); return app.graph.serialize().nodes.map((node) => node.size[1]);"
+    before = page.run(heights)
+    assert page.queue() == "execution_success"
+    page.wait(f"return [...document.querySelectorAll('{RECEIPT}')].filter((found) => found.clientHeight).length === 2")
+    assert page.run("app.canvas.draw(true, true); return app.graph.nodes.map((node) => node.size[1]);") > before
+    assert page.run(heights) == before
+
+
 def test_a_run_that_changes_nothing_tells_again(ran):
     assert ran.queue() == "execution_success"
     ran.wait(f"return document.querySelectorAll('{RECEIPT}:not(.expired)').length == 2")
@@ -111,8 +156,34 @@ def test_a_run_that_changes_nothing_tells_again(ran):
 def test_after_a_run_that_failed_a_receipt_says_that_it_is_of_an_earlier_one(ran, lora):
     lora.write_bytes(b"no safetensors")
     assert ran.queue() == "execution_error"
-    assert ran.run(EXPIRED) == [True, True]
-    ran.wait(f"return getComputedStyle(document.querySelector('{RECEIPT} .age')).visibility === 'visible'")
+    assert sorted(ran.run(EXPIRED)) == [False, True]  # the one that failed says why
+    ran.wait(f"return getComputedStyle(document.querySelector('{RECEIPT}.expired .age')).visibility === 'visible'")
+
+
+def test_a_node_that_fails_says_why_until_it_tells_again(ran, misfit):
+    told = ran.run(TEXTS)
+    ran.run(MISFIT, misfit)
+    assert ran.queue() == "execution_error"
+    failed = ran.wait(FAILED)
+    lines = failed.find_elements("css selector", ".lines > div")
+    assert {line.get_attribute("class") for line in lines} == {"bad"}
+    assert len(ran.run(TEXTS)) == len(told)  # in the receipt's place
+    allow_clipboard(ran)
+    failed.find_element("css selector", "button").click()
+    ran.wait(f"return [...document.querySelectorAll('{RECEIPT} button')].some((b) => b.textContent === 'copied')")
+    copied = json.loads(ran.run("return await navigator.clipboard.readText()"))
+    assert copied == {"error": "lora_ops.TargetError", "message": "\n".join(line.text for line in lines)}
+    ran.run(FITS)
+    assert ran.queue() == "execution_success"
+    ran.wait(f"return document.querySelectorAll('{RECEIPT}:not(.expired)').length == 2")
+    assert ran.run(TEXTS) == told
+
+
+def test_in_a_subgraph_a_node_that_fails_says_why_too(lora, misfit, page):
+    page.run(GRAPH + MISFIT + "app.graph.convertToSubgraph(new Set([stack]));", misfit)
+    assert page.queue() == "execution_error"
+    page.run("app.canvas.setGraph(app.graph.nodes.find((node) => node.subgraph).subgraph);")
+    page.wait(FAILED)
 
 
 def test_in_a_subgraph_a_node_shows_its_receipt_too(lora, page):
@@ -139,8 +210,7 @@ def test_after_a_look_at_another_workflow_receipts_are_back_as_of_an_earlier_run
 
 
 def test_the_button_copies_the_receipt_as_json(ran):
-    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
-    ran.driver.execute_cdp_cmd("Browser.grantPermissions", {"permissions": permissions, "origin": ran.server.url})
+    allow_clipboard(ran)
     ran.driver.find_element("css selector", f"{RECEIPT} button").click()
     ran.wait(f"return document.querySelector('{RECEIPT} button').textContent === 'copied'")
     outputs = ran.run("return Object.values(app.nodeOutputs).map((found) => found.lora_ops?.[0])")
