@@ -32,10 +32,10 @@ class LoraOpsStack(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="<lora:style/ink:0.8>",
-                    tooltip="The LoRAs, one a line: <lora:style/ink:0.8>, or <lora:style/ink:0.8:0.6> (model, CLIP). Or "
-                    'JSON: {"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,"clip":0.6}]}, '
-                    'where a row may have "start" and "end" (percent of sampling, 0 to 1) and "schedule" '
-                    "([[percent, factor], …]).",
+                    tooltip="The LoRAs, one a line: <lora:style/ink:0.8>, or <lora:style/ink:0.8:0.6> (model, CLIP). "
+                    'Or JSON: {"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,'
+                    '"clip":0.6}]}, where a row may have "start" and "end" (percent of sampling, 0 to 1) and '
+                    '"schedule" ([[percent, factor], …]).',
                 ),
                 io.Model.Input("model", optional=True, tooltip="The diffusion model; the input itself stays as it is."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),

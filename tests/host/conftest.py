@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
-import sys
 from types import ModuleType
 
 import pytest
 import torch
 
-from harness import comfy, demo, small
+from harness import comfy, demo, inside, small
 from harness.comfy import PACK
 from harness.server import MOUNT, Server
 from harness.workflow import smaller, to_prompt, without_t5
@@ -34,21 +32,8 @@ def comfy_path():
 
 @pytest.fixture(scope="session")
 def pack(comfy_path) -> ModuleType:
-    """The pack as the host mounts it, with the host importable.
-
-    ComfyUI's folder goes before the repository's: both have a top-level `nodes`, and here the host's is meant. The
-    pack's modules are reached through the mount only; `import lora_ops` would make second copies of its classes.
-    """
-    sys.path.insert(0, str(comfy_path))
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True
-    spec = importlib.util.spec_from_file_location(MOUNT, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[MOUNT] = module
-    spec.loader.exec_module(module)
-    return module
+    """The pack as the host mounts it, with the host importable."""
+    return inside.mount(comfy_path)
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 
-from tests.host import small_models
-from tests.host.small_models import FAMILIES, run
+from harness import inside
+from harness.inside import FAMILIES, run
 
 
 @pytest.fixture(scope="module")
 def models(pack):
-    return {family: small_models.model(family) for family in FAMILIES}
+    return {family: inside.model(family) for family in FAMILIES}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def near(one, other, relative=1e-5):
 def footprint(model):
     """Everything that hooks and patches could leave on a model."""
     modules = {name: set(module.__dict__) for name, module in model.model.named_modules()}
-    return modules, small_models.weights(model)
+    return modules, inside.weights(model)
 
 
 def unchanged(model, before, *, attributes=True):
@@ -160,7 +160,7 @@ def test_a_forgotten_clone_takes_nothing_from_the_one_in_use(models, samples, ap
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_on_an_fp8_base_auto_is_live_and_exact_where_baking_is_not(pack, ours, samples, apply, dtype):
     """The update that reaches the output: live within one percent of the error that baking it into fp8 leaves."""
-    model = small_models.model("flux", dtype)
+    model = inside.model("flux", dtype)
     tensors = samples(model, 0, seed=1)
     auto = apply(model, (tensors, 0.5), mode="auto")
     assert auto.get_attachment("lora_ops_live") is not None and not auto.patches

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.host import small_models
-from tests.host.small_models import FAMILIES, patched_weights
+from harness import inside
+from harness.inside import FAMILIES, patched_weights
 
 STRENGTHS = (1.0, 0.7, -0.3, 2.5)
 
 
 @pytest.fixture(scope="module")
 def models(pack):
-    return {family: small_models.model(family) for family in FAMILIES}
+    return {family: inside.model(family) for family in FAMILIES}
 
 
 @pytest.fixture
@@ -155,13 +155,13 @@ def test_a_stack_is_one_adapter_per_weight_and_closer_to_float64_than_the_hosts_
 
 @each_family
 def test_patching_and_unpatching_leaves_the_base_bit_identical(model, samples, apply):
-    before = small_models.weights(model)
+    before = inside.weights(model)
     patched = apply(model, (samples(model, 0, seed=1), 0.7))
     for _ in range(3):
-        patched.patch_model(small_models.CPU)
+        patched.patch_model(inside.CPU)
         changed = model.model.state_dict()
         assert any(not torch.equal(changed[key], before[key]) for key in patched.patches)
-        patched.unpatch_model(small_models.CPU)
+        patched.unpatch_model(inside.CPU)
         after = model.model.state_dict()
         assert all(torch.equal(after[key], before[key]) for key in before)
     assert not model.patches
@@ -229,7 +229,7 @@ def test_per_forward_the_incoming_dtype_comes_back(models, samples, apply, dtype
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models_are_rounded_once(pack, samples, apply, ours, dtype):
     """W' is the stored dtype's nearest value to the float64 sum, but for ties that float32 cannot see."""
-    model = small_models.model("flux", dtype)
+    model = inside.model("flux", dtype)
     tensors = samples(model, 0, seed=1)
     truth = exact(model, tensors, 0.7, ours)
     mine = patched_weights(apply(model, (tensors, 0.7)))

@@ -1,10 +1,17 @@
-"""Small models of the host's own classes, inside the test process: names as in the real ones, in megabytes."""
+"""The host inside this process: ComfyUI importable, the pack mounted as the host does it, models of its own classes."""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import torch
 
+from harness.comfy import PACK
 from harness.configs import PUBLISHED
+from harness.server import MOUNT
 
 SMALLER = {
     "sd15": {"model_channels": 32},
@@ -15,8 +22,27 @@ FAMILIES = tuple(SMALLER)
 CPU = torch.device("cpu")
 
 
+def mount(comfy_path: Path, *, cuda: bool = False) -> ModuleType:
+    """The pack as the host mounts it, with the host importable.
+
+    ComfyUI's folder goes before the repository's: both have a top-level `nodes`, and here the host's is meant. The
+    pack's modules are reached through the mount only; `import lora_ops` would make second copies of its classes.
+    """
+    sys.path.insert(0, str(comfy_path))
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not cuda
+    spec = importlib.util.spec_from_file_location(MOUNT, PACK / "__init__.py", submodule_search_locations=[str(PACK)])
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[MOUNT] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = True):
     """A ModelPatcher around a random model of this family, of megabytes or of the real size."""
+    import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
@@ -29,7 +55,8 @@ def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = Tr
         for weight in inner.diffusion_model.parameters():
             fan_in = max(1, weight.shape[1:].numel())
             weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
-    return comfy.model_patcher.ModelPatcher(inner, CPU, CPU)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(inner, device, CPU)
 
 
 def patched_weights(patcher) -> dict[str, torch.Tensor]:
@@ -42,8 +69,9 @@ def weights(patcher) -> dict[str, torch.Tensor]:
     return {key: tensor.clone() for key, tensor in patcher.model.state_dict().items()}
 
 
-def run(patcher) -> torch.Tensor:
-    """One call of the model, loaded by the host as for sampling, on inputs that depend on nothing."""
+def run(patcher, side: int = 16) -> torch.Tensor:
+    """One call of the model, loaded by the host as for sampling, on inputs that depend on nothing but the latent's
+    side."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([patcher])
@@ -51,18 +79,18 @@ def run(patcher) -> torch.Tensor:
     inner, config = patcher.model, patcher.model.model_config.unet_config
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(patcher.load_device)
 
     context = config.get("context_dim") or config["context_in_dim"]
     extra = {}
     if width := config.get("adm_in_channels") or config.get("vec_in_dim"):
         extra["y"] = noise(1, width)
     if config.get("guidance_embed"):
-        extra["guidance"] = torch.tensor([3.5])
+        extra["guidance"] = torch.tensor([3.5], device=patcher.load_device)
     with torch.no_grad():
         return inner.apply_model(
-            noise(1, inner.latent_format.latent_channels, 16, 16),
-            torch.tensor([0.5]),
+            noise(1, inner.latent_format.latent_channels, side, side),
+            torch.tensor([0.5], device=patcher.load_device),
             c_crossattn=noise(1, 7, context),
             transformer_options={},
             **extra,

@@ -1,0 +1,1 @@
+"""Side-by-side measurements against the host, each in a child process: `python -m bench apply`."""
