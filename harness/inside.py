@@ -70,11 +70,15 @@ def weights(patcher) -> dict[str, torch.Tensor]:
 
 
 def run(patcher, side: int = 16) -> torch.Tensor:
-    """One call of the model, loaded by the host as for sampling, on inputs that depend on nothing but the latent's
-    side."""
+    """One call of the model, loaded by the host as for sampling."""
     import comfy.model_management
 
     comfy.model_management.load_models_gpu([patcher])
+    return call(patcher, side)
+
+
+def call(patcher, side: int = 16) -> torch.Tensor:
+    """One call of the model as it is now, on inputs that depend on nothing but the latent's side."""
     generator = torch.Generator().manual_seed(1)
     inner, config = patcher.model, patcher.model.model_config.unet_config
 

@@ -16,7 +16,7 @@ from . import samples
 from .dialects import target_map
 from .errors import LoraOpsError, TargetError
 from .families import recognise
-from .files import CHECKPOINT, Header, read_header, read_tensors, sha256, write
+from .files import Header, read_header, read_tensors, sha256, write
 from .landing import Landing, land, merged, require_coverage
 from .lora import TargetMap, read_lora
 from .receipt import Receipt, receipt
@@ -66,7 +66,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    landing, told = _landed([options.file], checkpoint_targets(read_header(options.model, CHECKPOINT)))
+    landing, told = _landed([options.file], checkpoint_targets(read_header(options.model)))
     print(_json(told.data) if options.json else told.text)
     require_coverage(landing, options.min_coverage)
     return 0
@@ -76,7 +76,7 @@ def _demo(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     base, result = options.out / "checkpoint.safetensors", options.out / "checkpoint-with-loras.safetensors"
     write(base, samples.small_checkpoint(), overwrite=True)
-    header = read_header(base, CHECKPOINT)
+    header = read_header(base)
     loras = samples.write_samples({key: entry.shape for key, entry in header.entries.items()}, options.out)
     landing, told = _landed(map(str, loras), checkpoint_targets(header))
     require_coverage(landing, 1.0)

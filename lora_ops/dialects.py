@@ -52,12 +52,17 @@ DIALECTS: tuple[Dialect, ...] = (
 
 
 def target_map(family: Family, shapes: Shapes) -> TargetMap:
-    """Every name that a file may use for the weights in hand (keys as in the model or checkpoint -> shapes)."""
+    """Every name that a file may use for the weights in hand (keys as in the model or checkpoint -> shapes).
+
+    A name that would mean two places means none: a model of no known family may have both `a.b_c` and `a_b.c`.
+    """
     names: dict[str, Named] = {}
+    ambiguous: set[str] = set()
     for component, prefix, inside in family.located(shapes):
         for name, named in _spellings(component, prefix, inside):
-            names.setdefault(name, named)
-    return TargetMap(family.name, names)
+            if names.setdefault(name, named).target != named.target:
+                ambiguous.add(name)
+    return TargetMap(family.name, {name: named for name, named in names.items() if name not in ambiguous})
 
 
 def published_map(family: Family) -> TargetMap:

@@ -21,13 +21,13 @@ from .stack import PARTS, Entry
 class Piece:
     """One adapter on one weight: delta times strength is added to the band (None: to the whole weight).
 
-    row is the place in the stack of the LoRA it came from.
+    entry is the place in the stack of the LoRA it came from.
     """
 
     adapter: Adapter
     band: Band | None
     strength: float
-    row: int = 0
+    entry: int = 0
 
     def packed(self) -> tuple[Any, ...]:
         """The piece as plain tuples of tensors and numbers, for those who move tensors without knowing pieces."""
@@ -92,7 +92,7 @@ def land(stack: Sequence[Entry], targets: TargetMap) -> Landing:
         for module, (target, _) in row.landed.items():
             if strength := entry.strengths[target.part]:
                 adapter = entry.lora.modules[module]
-                piece = Piece(adapter.swapped() if target.swap else adapter, target.band, strength, number)
+                piece = Piece(adapter.swapped if target.swap else adapter, target.band, strength, number)
                 pieces.setdefault((target.part, target.key), []).append(piece)
     found = {place: tuple(there) for place, there in pieces.items()}
     return Landing(targets.family, targets.parts, found, tuple(rows))

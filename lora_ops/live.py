@@ -32,17 +32,17 @@ class Live:
         self._gains: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._hooks: list[Hook] = []
         scales: list[float] = []
-        rows: list[int] = []
+        entries: list[int] = []
         for name, there in pieces.items():
             hook = Hook(modules[name], name, by_band(there), self._gains_of(len(scales)))
             self._hooks.append(hook)
             scales += [scale for scale, _ in hook.ranks]
-            rows += [row for _, row in hook.ranks]
-        self._scales, self._rows = torch.tensor(scales, dtype=torch.float64), torch.tensor(rows)
-        self._strengths = torch.zeros(max(rows) + 1, dtype=torch.float64)
+            entries += [entry for _, entry in hook.ranks]
+        self._scales, self._entries = torch.tensor(scales, dtype=torch.float64), torch.tensor(entries)
+        self._strengths = torch.zeros(max(entries) + 1, dtype=torch.float64)
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
-        """The strength of each row of the stack, from the next call on."""
+        """The strength of each entry of the stack, from the next call on."""
         wanted = torch.tensor(strengths, dtype=torch.float64)
         if not torch.equal(wanted, self._strengths):
             self._strengths = wanted
@@ -53,27 +53,34 @@ class Live:
         for hook in self._hooks:
             hook.install()
 
-    def remove(self) -> bool:
-        """Take all hooks out; False while another's hook stands on one of them (call again when it is gone)."""
-        return all([hook.remove() for hook in self._hooks])
+    def remove(self) -> None:
+        """Take the hooks out. One on which another's hook stands passes through from now on, and goes at the next
+        remove that finds it outermost."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def forget(self) -> None:
+        """Free what the hooks keep on the device; they make it again when they are called."""
+        self._gains.clear()
+        for hook in self._hooks:
+            hook.terms = []
 
     def _values(self) -> Tensor:
-        return self._scales * self._strengths[self._rows]
+        return self._scales * self._strengths[self._entries]
 
     def _gains_of(self, start: int) -> Callable[[Tensor], Tensor]:
         def gains(x: Tensor) -> Tensor:
             """The gains from a hook's first rank on, where and as x is: a view that changes in place."""
             place = x.device, x.dtype
             if place not in self._gains:
-                with torch.inference_mode(False):  # else they could not be changed outside of it
-                    self._gains[place] = self._values().to(*place)
+                self._gains[place] = self._values().to(*place)
             return self._gains[place][start:]
 
         return gains
 
 
 @dataclass(eq=False)
-class _Term:
+class Term:
     """All updates of one band of a module as one pair of factors."""
 
     band: Band | None
@@ -82,8 +89,35 @@ class _Term:
     gains: Tensor  # (rank,)
 
 
+class Link:
+    """One turn of a hook in a module's chain of forwards. A turn that is over passes through, wherever it still is."""
+
+    def __init__(self, hook: Hook) -> None:
+        self.hook = hook
+        self.below: Callable[..., Tensor] = hook.module.forward
+        self.active = True
+        hook.module.forward = self.forward
+
+    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        y = self.below(x, *args, **kwargs)
+        return self.hook.added(x, y) if self.active else y
+
+    def end(self) -> bool:
+        """True once this link is out of the chain; False while another's hook may still call it."""
+        self.active = False
+        module = self.hook.module
+        outermost = module.__dict__.get("forward")
+        owner = getattr(outermost, "__self__", None)
+        if owner is self:
+            if getattr(self.below, "__func__", None) is type(module).forward:
+                del module.forward  # the class's own again
+            else:
+                module.forward = self.below
+        return outermost is None or owner in (self, module)
+
+
 class Hook:
-    """One module's forward with its update added."""
+    """What is added to one module's output."""
 
     def __init__(
         self,
@@ -92,87 +126,70 @@ class Hook:
         bands: Sequence[tuple[Band | None, Sequence[Piece]]],
         gains: Callable[[Tensor], Tensor],
     ) -> None:
-        self._module = module
+        self.module = module
+        self.ranks = [  # (scale, entry of the stack) of every rank
+            (piece.adapter.scale, piece.entry)
+            for _, there in bands
+            for piece in there
+            for _ in range(piece.adapter.rank)
+        ]
+        self.terms: list[Term] = []
         self._kernel = _kernel(module, name)
         self._pairs = [(band, [_factors(piece, name) for piece in there]) for band, there in bands]
-        self.ranks = [  # (scale, row of the stack) of every rank
-            (piece.adapter.scale, piece.row) for _, there in bands for piece in there for _ in range(piece.adapter.rank)
-        ]
         self._gains = gains
-        self._terms: list[_Term] = []
-        self._below: Callable[..., Tensor] | None = None
+        self._links: list[Link] = []
 
     def install(self) -> None:
-        if self._below is None:
-            self._below = self._module.forward
-            self._module.forward = self.forward
+        if not any(link.active for link in self._links):
+            self._links.append(Link(self))
 
-    def remove(self) -> bool:
-        """Undo install; False, with nothing done, while another's hook stands on this one."""
-        if self._below is None:
-            return True
-        outermost = getattr(self._module.__dict__.get("forward"), "__self__", None)
-        if outermost is not self and self._stands_below():
-            return False
-        if outermost is self:
-            if getattr(self._below, "__func__", None) is type(self._module).forward:
-                del self._module.forward  # the class's own again
-            else:
-                self._module.forward = self._below
-        self._below = None
-        return True
+    def remove(self) -> None:
+        self._links = [link for link in reversed(self._links) if not link.end()][::-1]
 
-    def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
-        assert self._below is not None
-        y = self._below(x, *args, **kwargs)
-        if not self._terms or self._terms[0].gains.dtype != x.dtype or self._terms[0].gains.device != x.device:
-            self._terms = self._prepared(x)
+    def added(self, x: Tensor, y: Tensor) -> Tensor:
+        """y with the update for x, added in place unless y's gradient is wanted."""
+        if not self.terms or self.terms[0].gains.dtype != x.dtype or self.terms[0].gains.device != x.device:
+            with torch.inference_mode(False):  # else neither gradients nor later strengths could pass
+                self.terms = self._prepared(x)
         if y.requires_grad:
             y = y.clone()
-        for term in self._terms:
+        for term in self.terms:
             self._add(x, y, term)
         return y
 
-    def _stands_below(self) -> bool:
-        """Whether the hook that replaced this one calls it: then taking it away would leave a hole."""
-        other = getattr(self._module.__dict__.get("forward"), "__self__", None)
-        return any(getattr(value, "__self__", None) is self for value in vars(other).values()) if other else False
-
-    def _prepared(self, x: Tensor) -> list[_Term]:
+    def _prepared(self, x: Tensor) -> list[Term]:
         """The factors where x is, in its dtype, those of a band as one pair."""
         gains, terms = self._gains(x), []
         for band, pairs in self._pairs:
-            up = torch.cat([up.to(x) for up, _ in pairs], dim=1)
-            down = torch.cat([down.to(x) for _, down in pairs])
+            up = torch.cat([up.to(x.device, x.dtype) for up, _ in pairs], dim=1)
+            down = torch.cat([down.to(x.device, x.dtype) for _, down in pairs])
             if self._kernel:
                 down = down.reshape(down.shape[0], -1, *self._kernel)
-            terms.append(_Term(band, up, down, gains[: len(down)]))
+            terms.append(Term(band, up, down, gains[: len(down)]))
             gains = gains[len(down) :]
         return terms
 
-    def _add(self, x: Tensor, y: Tensor, term: _Term) -> None:
+    def _add(self, x: Tensor, y: Tensor, term: Term) -> None:
         axis = 1 if self._kernel else -1
-        rows = y if term.band is None else y.narrow(axis, term.band.start, term.band.length)
+        out = y if term.band is None else y.narrow(axis, term.band.start, term.band.length)
         if self._kernel:
             ones = [1] * len(self._kernel)
-            hidden = self._module._conv_forward(x, term.down, None)  # pyright: ignore  with its stride and padding
+            hidden = self.module._conv_forward(x, term.down, None)  # pyright: ignore  with its stride and padding
             hidden = hidden * term.gains.reshape(-1, *ones)
-            rows += CONVOLUTION[len(ones)](hidden, term.up.reshape(*term.up.shape, *ones))
+            out += CONVOLUTION[len(ones)](hidden, term.up.reshape(*term.up.shape, *ones))
             return
         hidden = functional.linear(x, term.down) * term.gains
-        if rows.is_contiguous():
-            rows.view(-1, rows.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), term.up.T)
+        if out.is_contiguous() and not y.requires_grad:
+            out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), term.up.T)
         else:
-            rows += functional.linear(hidden, term.up)
+            out += functional.linear(hidden, term.up)
 
 
 def _kernel(module: nn.Module, name: str) -> tuple[int, ...]:
     """The module's kernel, () for a linear one. Raises TargetError for what live mode cannot add to."""
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         if module.groups != 1:
-            raise TargetError(
-                "is a grouped convolution, to which nothing can be added live.", module=name, remedy=REMEDY
-            )
+            raise TargetError("is a grouped convolution, which cannot run live.", module=name, remedy=REMEDY)
         return tuple(module.kernel_size)
     if isinstance(module, nn.Linear) or hasattr(module, "in_features"):  # the host's quantised Linear is no nn.Linear
         return ()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .adapters import Adapter, build
 from .errors import AdapterError, FileError, ShapeError, shown
-from .files import LORA, TensorFile, read, read_header
+from .files import LORA_HEADER, TensorFile, read, read_header
 
 # How writers spell a factor after the module's name. Longest first, so that no suffix hides a longer one.
 SPELLINGS: tuple[tuple[str, str], ...] = tuple(
@@ -70,12 +73,24 @@ class Refusal(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """What a file said: module name -> Adapter, its metadata, and what could not be read."""
+    """What a file said: module name -> Adapter, its metadata, and what could not be read.
+
+    declared are the modules whose alpha stands in the metadata, not in a tensor.
+    """
 
     name: str
     modules: Mapping[str, Adapter]
     metadata: Mapping[str, str] = field(default_factory=dict)
     leftover: tuple[Refusal, ...] = ()
+    declared: frozenset[str] = frozenset()
+
+    def alpha_source(self, module: str) -> str:
+        """Where a module's scale comes from, for people."""
+        alpha = self.modules[module].alpha
+        if alpha is None:
+            return "none, scale 1"
+        source = "metadata" if module in self.declared else "tensor"
+        return source if alpha else f"{source}, 0 read as the rank"
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ def read_file(path: str) -> TensorFile:
     Raises FileError (see files.read), also for a file in which nothing looks like a LoRA: a checkpoint is refused by
     its header, before gigabytes of it are read.
     """
-    names = read_header(path, LORA).entries
+    names = read_header(path, LORA_HEADER).entries
     if not any(factor for _, factor in map(split, names)):
         first = f" (first tensor: {shown(next(iter(names)))})" if names else ""
         raise FileError(
@@ -163,14 +178,54 @@ def from_file(file: TensorFile) -> Lora:
         else:
             spelled[module][factor] = key, tensor
     modules: dict[str, Adapter] = {}
+    declared: set[str] = set()
+    config = _config(file.metadata)
     for module, factors in spelled.items():
+        tensors = {factor: tensor for factor, (_, tensor) in factors.items()}
         try:
             if module in twice:
                 raise AdapterError(twice[module])
-            modules[module] = build({factor: tensor for factor, (_, tensor) in factors.items()})
+            if "alpha" not in tensors and "down" in tensors:
+                alpha = _declared_alpha(config, module, rank=tensors["down"].shape[0])
+                if alpha is not None:
+                    tensors["alpha"] = torch.tensor(alpha, dtype=torch.float64)
+                    declared.add(module)
+            modules[module] = build(tensors)
         except (AdapterError, ShapeError) as error:
             leftover.append(Refusal(module, error.what))
-    return Lora(file.source, modules, file.metadata, tuple(leftover))
+    return Lora(file.source, modules, file.metadata, tuple(leftover), frozenset(declared))
+
+
+def _config(metadata: Mapping[str, str]) -> Mapping[str, object]:
+    """diffusers' `lora_adapter_metadata`: PEFT's configuration, its keys behind the component's prefix ("unet.r")."""
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _declared_alpha(config: Mapping[str, object], module: str, rank: int) -> float | None:
+    """The alpha that the configuration means for a module, so that alpha / rank is its scale; None if it names none.
+
+    A pattern matches the end of a module's name, as PEFT's get_pattern_key has it. Rank-stabilised LoRA divides by
+    √rank: the same as an alpha √rank times as large.
+
+    Raises AdapterError for a configuration that is no number, or one that changes more than the scale.
+    """
+    component, _, name = module.partition(".")
+    alpha = config.get(f"{component}.lora_alpha")
+    patterns = config.get(f"{component}.alpha_pattern")
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
+        if name == pattern or name.endswith(f".{pattern}"):
+            alpha = value
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise AdapterError(f"has the alpha {shown(alpha)} in its metadata, which is no number")
+    if config.get(f"{component}.use_dora"):
+        raise AdapterError("is DoRA by its metadata, without its magnitude")
+    return alpha * math.sqrt(rank) if config.get(f"{component}.use_rslora") else float(alpha)
 
 
 def split(key: str) -> tuple[str, str]:

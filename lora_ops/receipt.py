@@ -71,11 +71,12 @@ def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:
 
 def numbers(lora: Lora, modules: Iterable[str]) -> dict[str, Any]:
     """Algebra, rank, alpha source and scale of these modules, as value -> how many have it."""
-    adapters = [lora.modules[module] for module in modules]
+    names = list(modules)
+    adapters = [lora.modules[module] for module in names]
     return {
         "algebra": _tally(adapter.ALGEBRA for adapter in adapters),
         "rank": _tally(adapter.rank for adapter in adapters),
-        "alpha": _tally("none, scale 1" if adapter.alpha is None else "tensor" for adapter in adapters),
+        "alpha": _tally(lora.alpha_source(module) for module in names),
         "scale": _tally(f"{adapter.scale:.6g}" for adapter in adapters),
     }
 

@@ -9,6 +9,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 from .errors import StackError, shown
 from .lora import Lora
@@ -69,9 +70,13 @@ class Entry:
 
 def finite(value: object, what: str) -> float:
     """A strength as a float. Raises StackError for NaN, Inf and what is no number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise StackError(f"{what} is {shown(value)}, it should be a finite number.")
-    return float(value)
+    return number
 
 
 def parse(text: str) -> tuple[Row, ...]:
@@ -89,8 +94,8 @@ def parse(text: str) -> tuple[Row, ...]:
 
 def _from_json(text: str) -> tuple[Row, ...]:
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
         try:  # the host turns a JSON object given to a text input into Python's spelling of it
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
@@ -100,6 +105,13 @@ def _from_json(text: str) -> tuple[Row, ...]:
     if unknown := value.keys() - {"version", "rows"}:
         raise StackError(f"The stack's text has unknown fields: {shown(', '.join(sorted(map(str, unknown))))}.")
     return tuple(_row(number, row) for number, row in enumerate(value["rows"], 1))
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise StackError("The stack's text gives a field twice.", remedy="Keep one of them.")
+    return fields
 
 
 def _row(number: int, row: object) -> Row:

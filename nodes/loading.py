@@ -74,6 +74,11 @@ class LoraOpsTriggerWords(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        """The rows of a stack are read here, and they come over a wire: any changed LoRA file counts."""
+        return names.fingerprint_of_all() if "lora_stack" in inputs else ""
+
+    @classmethod
     def execute(cls, lora=None, lora_stack=None):
         loras = [] if lora is None else [lora_of(lora)]
         loras += [caches.load(row.name).lora for row in rows_of(lora_stack)]

@@ -48,7 +48,7 @@ class LoraOpsApply(io.ComfyNode):
                 io.Clip.Output(display_name="CLIP", tooltip="The text encoder with the LoRA."),
                 io.String.Output(display_name="receipt", tooltip="What landed and what did not, as JSON."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             has_intermediate_output=True,
         )
 

@@ -19,24 +19,42 @@ class LoraModel(dict[str, Tensor]):
 
     def __init__(self, file: TensorFile, lora: Lora) -> None:
         super().__init__(file.tensors)
-        self.lora = lora
         for module, adapter in lora.modules.items():
             if adapter.alpha is not None:
                 self[f"{module}.alpha"] = torch.tensor(adapter.scale * adapter.rank)
+        self._lora, self._made_of = lora, dict(self)
+
+    @property
+    def lora(self) -> Lora | None:
+        """The Lora, None once a node has put in, taken out or replaced a tensor (of a copy, perhaps)."""
+        same = self.keys() == self._made_of.keys() and all(self[key] is tensor for key, tensor in self._made_of.items())
+        return self._lora if same else None
 
 
-def lora_of(wire: Mapping[str, Tensor]) -> Lora:
-    """The Lora on a LORA_MODEL wire, ours or another node's (core's Train LoRA). Raises FileError for NaN or Inf."""
-    if isinstance(wire, LoraModel):
+def lora_of(wire: Any) -> Lora:
+    """The Lora on a LORA_MODEL wire, ours or another node's (core's Train LoRA).
+
+    Raises FileError for what is no dict of dense tensors, and for NaN or Inf.
+    """
+    if isinstance(wire, LoraModel) and wire.lora is not None:
         return wire.lora
+    remedy = "Connect a node that puts out a LoRA."
+    if not isinstance(wire, Mapping):
+        raise FileError(f"is a {type(wire).__name__}, not a dict of tensors.", file="LORA_MODEL", remedy=remedy)
     for name, tensor in wire.items():
-        if not torch.isfinite(tensor).all():
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise FileError(f"'{shown(name)}' is a {kind}, not a dense tensor.", file="LORA_MODEL", remedy=remedy)
+        if not torch.isfinite(tensor.float()).all():
             raise FileError(f"tensor '{shown(name)}' holds NaN or Inf.", file="LORA_MODEL", remedy="Train it again.")
-    return from_file(TensorFile("LORA_MODEL", wire))
+    metadata = wire._lora.metadata if isinstance(wire, LoraModel) else {}
+    return from_file(TensorFile("LORA_MODEL", dict(wire), metadata))
 
 
 def rows_of(wire: Any) -> tuple[Row, ...]:
-    """The rows of a LORA_STACK wire (None: not connected)."""
+    """The rows of a LORA_STACK wire (None: not connected). Raises StackError for what is no list of such rows."""
+    if wire is not None and not isinstance(wire, list | tuple):
+        raise StackError(f"The LORA_STACK is a {type(wire).__name__}, not a list of rows.")
     rows = []
     for number, item in enumerate(wire or (), 1):
         if not isinstance(item, tuple | list) or len(item) != 3 or not isinstance(item[0], str):

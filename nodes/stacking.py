@@ -52,7 +52,7 @@ class LoraOpsStack(io.ComfyNode):
                 io.String.Output(display_name="trigger_words", tooltip="The words of all rows, separated by commas."),
                 io.String.Output(display_name="receipt", tooltip="What landed and what did not, row by row, as JSON."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             has_intermediate_output=True,
         )
 

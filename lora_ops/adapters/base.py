@@ -68,9 +68,10 @@ class Adapter(ABC):
     def idle(self) -> bool:
         """True where ΔW is zero: an untrained module, or the zero tail of an interrupted download."""
 
+    @property
     @abstractmethod
     def swapped(self) -> Self:
-        """The adapter whose delta has the two halves of its rows exchanged."""
+        """The adapter whose delta has the two halves of its rows exchanged; the same object every time."""
 
 
 Term = tuple[Adapter, float]  # an adapter and its strength

@@ -1,7 +1,7 @@
 """LoRA: ΔW = scale · up · down, for linear and convolution weights.
 
 Hu et al. 2021 (https://arxiv.org/abs/2106.09685); convolutions as in kohya's LoCon and PEFT: the kernel stays
-in `down`, `up` is 1×1. Scale is alpha / rank; a file without alpha means scale 1, as in diffusers and ComfyUI.
+in `down`, `up` is 1×1. Scale is alpha / rank; where a file names no alpha it is 1, as in diffusers and ComfyUI.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -92,7 +93,12 @@ class LowRank(Adapter):
     def idle(self) -> bool:
         return not (self.up.any() and self.down.any())
 
+    @property
     def swapped(self) -> Self:
+        return self._swapped
+
+    @cached_property
+    def _swapped(self) -> Self:
         return replace(self, up=algebra.swap_halves(self.up))
 
 

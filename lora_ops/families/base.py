@@ -64,7 +64,7 @@ class Family:
         return {part.sources[0] + key: shape for part in self.components for key, shape in part.published().items()}
 
 
-class Row(NamedTuple):
+class Naming(NamedTuple):
     """A pattern of a name table; `{}` stands for a block's number.
 
     With several diffusers names the weight is fused: each name takes a band as long as the weight is wide,
@@ -76,7 +76,7 @@ class Row(NamedTuple):
     swap: bool = False
 
 
-def table(rows: Sequence[Row]) -> Callable[[Shapes], Iterator[Place]]:
+def table(rows: Sequence[Naming]) -> Callable[[Shapes], Iterator[Place]]:
     """The `places` of a component whose names follow these rows; other weights keep their native name only."""
     patterns = {row.native: row for row in rows}
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .base import Component, Family, Row, Shapes, table
+from .base import Component, Family, Naming, Shapes, table
 from .text import CLIP_L, T5_SECOND
 
 
-def _stream(native: str, attention: str, feed_forward: str, norm: str, projections: str, output: str) -> Iterator[Row]:
+def _stream(native: str, norms: str, feed_forward: str, norm: str, projections: str, output: str) -> Iterator[Naming]:
     """One stream (image or text) of a double block."""
     block, diffusers = "double_blocks.{}", "transformer_blocks.{}"
     names = tuple(f"{diffusers}.attn.{projections.format(name)}" for name in "qkv")
-    yield Row(f"{block}.{native}_attn.qkv", names)
-    yield Row(f"{block}.{native}_attn.proj", (f"{diffusers}.attn.{output}",))
-    yield Row(f"{block}.{native}_mlp.0", (f"{diffusers}.{feed_forward}.net.0.proj",))
-    yield Row(f"{block}.{native}_mlp.2", (f"{diffusers}.{feed_forward}.net.2",))
-    yield Row(f"{block}.{native}_mod.lin", (f"{diffusers}.{norm}.linear",))
-    yield Row(f"{block}.{native}_attn.norm.query_norm", (f"{diffusers}.attn.{attention.format('q')}",))
-    yield Row(f"{block}.{native}_attn.norm.key_norm", (f"{diffusers}.attn.{attention.format('k')}",))
+    yield Naming(f"{block}.{native}_attn.qkv", names)
+    yield Naming(f"{block}.{native}_attn.proj", (f"{diffusers}.attn.{output}",))
+    yield Naming(f"{block}.{native}_mlp.0", (f"{diffusers}.{feed_forward}.net.0.proj",))
+    yield Naming(f"{block}.{native}_mlp.2", (f"{diffusers}.{feed_forward}.net.2",))
+    yield Naming(f"{block}.{native}_mod.lin", (f"{diffusers}.{norm}.linear",))
+    yield Naming(f"{block}.{native}_attn.norm.query_norm", (f"{diffusers}.attn.{norms.format('q')}",))
+    yield Naming(f"{block}.{native}_attn.norm.key_norm", (f"{diffusers}.attn.{norms.format('k')}",))
 
 
 _SINGLE, _DIFFUSERS = "single_blocks.{}", "single_transformer_blocks.{}"
@@ -27,24 +27,24 @@ _EMBEDDER = "time_text_embed.{}_embedder.linear_{}"
 ROWS = (
     *_stream("img", "norm_{}", "ff", "norm1", "to_{}", "to_out.0"),
     *_stream("txt", "norm_added_{}", "ff_context", "norm1_context", "add_{}_proj", "to_add_out"),
-    Row(
+    Naming(
         f"{_SINGLE}.linear1",
         (*(f"{_DIFFUSERS}.attn.to_{name}" for name in "qkv"), f"{_DIFFUSERS}.proj_mlp"),
     ),
-    Row(f"{_SINGLE}.linear2", (f"{_DIFFUSERS}.proj_out",)),
-    Row(f"{_SINGLE}.modulation.lin", (f"{_DIFFUSERS}.norm.linear",)),
-    Row(f"{_SINGLE}.norm.query_norm", (f"{_DIFFUSERS}.attn.norm_q",)),
-    Row(f"{_SINGLE}.norm.key_norm", (f"{_DIFFUSERS}.attn.norm_k",)),
-    Row("img_in", ("x_embedder",)),
-    Row("txt_in", ("context_embedder",)),
+    Naming(f"{_SINGLE}.linear2", (f"{_DIFFUSERS}.proj_out",)),
+    Naming(f"{_SINGLE}.modulation.lin", (f"{_DIFFUSERS}.norm.linear",)),
+    Naming(f"{_SINGLE}.norm.query_norm", (f"{_DIFFUSERS}.attn.norm_q",)),
+    Naming(f"{_SINGLE}.norm.key_norm", (f"{_DIFFUSERS}.attn.norm_k",)),
+    Naming("img_in", ("x_embedder",)),
+    Naming("txt_in", ("context_embedder",)),
     *(
-        Row(f"{native}_in.{layer}_layer", (_EMBEDDER.format(name, number),))
+        Naming(f"{native}_in.{layer}_layer", (_EMBEDDER.format(name, number),))
         for native, name in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance"))
         for layer, number in (("in", 1), ("out", 2))
     ),
-    Row("final_layer.linear", ("proj_out",)),
+    Naming("final_layer.linear", ("proj_out",)),
     # Black Forest Labs store shift before scale, diffusers scale before shift.
-    Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap=True),
+    Naming("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap=True),
 )
 
 
@@ -94,12 +94,9 @@ def shapes(
 
 
 def _recognises(shapes: Shapes) -> bool:
-    """FLUX.2 shares its modulation between blocks, Chroma has none of its own."""
-    return (
-        "double_blocks.0.img_attn.qkv.weight" in shapes
-        and "double_blocks.0.img_mod.lin.weight" in shapes
-        and "vector_in.in_layer.weight" in shapes
-    )
+    """FLUX.2 shares its modulation between blocks, Chroma has none of its own, HunyuanVideo refines its text."""
+    marks = ("double_blocks.0.img_attn.qkv", "double_blocks.0.img_mod.lin", "vector_in.in_layer", "txt_in")
+    return all(f"{mark}.weight" in shapes for mark in marks)
 
 
 FLUX = Family(

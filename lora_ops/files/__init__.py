@@ -1,16 +1,14 @@
 """Files: one checked reader, one atomic writer."""
 
-from .format import CHECKPOINT, LORA, Entry, Header, Identity, Limits
+from .format import LORA_HEADER, Entry, Header, Identity
 from .reading import TensorFile, identity, read, read_header, read_tensors, sha256
 from .writing import write
 
 __all__ = [
-    "CHECKPOINT",
-    "LORA",
+    "LORA_HEADER",
     "Entry",
     "Header",
     "Identity",
-    "Limits",
     "TensorFile",
     "identity",
     "read",

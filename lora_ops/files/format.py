@@ -41,15 +41,9 @@ TENSOR_LIMIT = 100_000
 DIMENSION_LIMIT = 64  # torch's own operations go no further
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much header a file may have before any of it is parsed, in bytes."""
-
-    header: int
-
-
-LORA = Limits(header=16 * MIB)
-CHECKPOINT = Limits(header=100_000_000)  # the format's own limit
+# Bytes of header that a file may have before any of it is parsed.
+LORA_HEADER = 16 * MIB
+CHECKPOINT_HEADER = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ _STRANGERS: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-def parse_header(file: BufferedReader, path: str, limits: Limits) -> Header:
+def parse_header(file: BufferedReader, path: str, limit: int) -> Header:
     """The checked header of an open file. Raises FileError for anything but a whole, tight safetensors file."""
     ident = identity_of(os.path.realpath(path), os.fstat(file.fileno()))
 
@@ -121,8 +115,8 @@ def parse_header(file: BufferedReader, path: str, limits: Limits) -> Header:
     length = int.from_bytes(start[:8], "little")
     if ident.size < 10 or length < 2:
         refuse("is too short to be a safetensors file")
-    if length > limits.header:
-        refuse(f"is no safetensors file, or its header is over the limit of {limits.header:,} bytes")
+    if length > limit:
+        refuse(f"is no safetensors file, or its header is over the limit of {limit:,} bytes")
     if length > ident.size - 8:
         refuse(f"is cut short: its header should have {length:,} bytes, the file has {ident.size:,}")
     if length > MIB and length * 2 > ident.size:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, shown
-from .format import CHECKPOINT, LORA, MIB, Entry, Header, Identity, Limits, identity_of, parse_header
+from .format import CHECKPOINT_HEADER, LORA_HEADER, MIB, Entry, Header, Identity, identity_of, parse_header
 
 # Bits that are all set exactly in NaN and Inf (for e4m3fn, which has no Inf, in NaN), with the integer to view as.
 _NON_FINITE_BITS = {
@@ -50,10 +50,13 @@ def identity(path: str | os.PathLike[str]) -> Identity:
         raise FileError(f"cannot be opened: {reason(error)}.", file=path, remedy="Check the name.") from error
 
 
-def read_header(path: str | os.PathLike[str], limits: Limits = CHECKPOINT) -> Header:
-    """Names, dtypes, shapes and metadata of a safetensors file, every offset checked; no tensor is read."""
+def read_header(path: str | os.PathLike[str], limit: int = CHECKPOINT_HEADER) -> Header:
+    """Names, dtypes, shapes and metadata of a safetensors file, every offset checked; no tensor is read.
+
+    limit is the most bytes that the header may have.
+    """
     with _opened(path) as file:
-        return parse_header(file, str(path), limits)
+        return parse_header(file, str(path), limit)
 
 
 def read(path: str | os.PathLike[str]) -> TensorFile:
@@ -63,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
     is no safetensors file, breaks a limit, holds NaN or Inf, or changes while it is being read.
     """
     with _opened(path) as file:
-        header = parse_header(file, str(path), LORA)
+        header = parse_header(file, str(path), LORA_HEADER)
         size = header.identity.size - header.data_start
         data = _room(size, header)
         if file.readinto(data) != size:

@@ -1,11 +1,14 @@
-"""The caches: parsed LoRA files, so that a changed strength reads no file again."""
+"""The caches: parsed LoRA files, so that a changed strength reads no file again; live hooks, so that it makes none."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from ...lora_ops.files import Identity, TensorFile, identity
+from ...lora_ops.live import Live
 from ...lora_ops.lora import Lora, from_file, read_file
 from .names import path_of, resolve
 
@@ -35,6 +38,23 @@ def load(name: str) -> Loaded:
     while len(_files) > 1 and sum(map(_size, _files.values())) > BUDGET:
         _files.popitem(last=False)
     return found
+
+
+@dataclass(eq=False)
+class Hooks:
+    """The live hooks of one model: those made last, of what, and those that are in its modules now."""
+
+    made: Live | None = None
+    made_of: list[object] = field(default_factory=list)
+    installed: Live | None = None
+
+
+_hooks: WeakKeyDictionary[Any, Hooks] = WeakKeyDictionary()
+
+
+def hooks_of(model: Any) -> Hooks:
+    """The hooks of a model's modules, which all clones of its patcher share."""
+    return _hooks.setdefault(model, Hooks())
 
 
 def _size(loaded: Loaded) -> int:

@@ -8,9 +8,10 @@ from ...lora_ops.errors import StackError
 
 
 def in_use(hidden: Any, output: int) -> bool:
-    """Whether a node's output goes anywhere; hidden has its unique_id and the prompt."""
-    links = (link for node in (hidden.prompt or {}).values() for link in node.get("inputs", {}).values())
-    return [hidden.unique_id, output] in list(links)
+    """Whether a node's output goes anywhere. hidden has its unique_id and the dynprompt, which knows the nodes that
+    others made while running too."""
+    nodes = [hidden.dynprompt.get_node(name) for name in hidden.dynprompt.all_node_ids()]
+    return any([hidden.unique_id, output] == value for node in nodes for value in node.get("inputs", {}).values())
 
 
 def require_inputs(hidden: Any, **outputs: Any) -> None:

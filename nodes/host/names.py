@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import PurePosixPath
 
 import folder_paths
@@ -52,17 +53,18 @@ def path_of(name: str) -> str:
 
 def fingerprint(names: list[str]) -> str:
     """A text that changes whenever one of these files does; a missing file has one too."""
-    return "; ".join(_state(name) for name in names)
+    return "; ".join(_state(lambda name=name: path_of(name)) for name in names)
 
 
 def fingerprint_of_all() -> str:
     """The same for every LoRA there is: for names that come over a wire, which the host shows to no node before it
     runs."""
-    return fingerprint(listed())
+    paths = (folder_paths.get_full_path(FOLDER, name) for name in listed())
+    return "; ".join(_state(lambda path=path: path) for path in paths if path is not None)
 
 
-def _state(name: str) -> str:
+def _state(path: Callable[[], str]) -> str:
     try:
-        return str(identity(path_of(name)))
+        return str(identity(path()))
     except LoraOpsError as error:
         return str(error)

@@ -76,7 +76,14 @@ def targets(model: Any, clip: Any) -> TargetMap:
 
 
 def _shapes(patcher: Any) -> Shapes:
-    return {key: tuple(tensor.shape) for key, tensor in patcher.model_state_dict().items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in patcher.model_state_dict().items()}
+    # The state dict holds quantised weights as they are stored, perhaps packed; the parameter knows its own shape.
+    quantised = {
+        key: tuple(weight.shape)
+        for key, weight in patcher.model.named_parameters()
+        if type(weight) is not torch.nn.Parameter and key in shapes
+    }
+    return shapes | quantised
 
 
 class Applied(NamedTuple):
@@ -104,6 +111,7 @@ def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
 
 def _put(patcher: Any, landing: Landing, part: str, pieces: Mapping[str, tuple[Piece, ...]], mode: str) -> str:
     rows = [row.entry for row in landing.rows]
+    scheduled = not all(row.schedule.constant for row in rows)
     # A text encoder runs once, before sampling: there is no percent for it.
     schedules = [row.schedule if part == "model" else Schedule() for row in rows]
     stored = live.coarse(patcher, list(pieces)) if mode == "auto" else ""
@@ -117,7 +125,7 @@ def _put(patcher: Any, landing: Landing, part: str, pieces: Mapping[str, tuple[P
         _register(patcher, {key: LandedPatch.of(there) for key, there in pieces.items()})
     else:
         live.attach(patcher, pieces, [row.strengths[part] for row in rows], schedules)
-    return how
+    return f"{how}, without the schedule (a text encoder has no steps)" if scheduled and part == "clip" else how
 
 
 def _register(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:

@@ -48,11 +48,15 @@ def apply(ours):
     files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")
     landing, patching = ours("lora_ops.landing"), ours("nodes.host.patching")
 
+    parsed = {}  # as the pack's cache has it: the same file is the same Lora
+
+    def lora_of(tensors):
+        if id(tensors) not in parsed:
+            parsed[id(tensors)] = tensors, lora.from_file(files.TensorFile("test", tensors))
+        return parsed[id(tensors)][1]
+
     def put(model, *loras, mode="patch"):
-        entries = [
-            stack.Entry(lora.from_file(files.TensorFile("test", tensors)), {"model": strength, "clip": strength})
-            for tensors, strength in loras
-        ]
+        entries = [stack.Entry(lora_of(tensors), {"model": strength, "clip": strength}) for tensors, strength in loras]
         landed = landing.land(entries, patching.targets(model, None))
         landing.require_coverage(landed, 1.0)
         return patching.applied(landed, mode, model, None).model

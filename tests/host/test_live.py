@@ -109,8 +109,8 @@ def test_fifty_cycles_of_a_chain_of_six_leave_the_base_bit_identical(models, sam
     mixed = bypass(mixed, tensors[3], 0.2)
     mixed = apply(mixed, (tensors[4], 0.2), mode="live")
     other = host_apply(model, tensors[0], 1.0)
-    mixed = mixed.clone()  # a merge of two models: three quarters of this one
-    mixed.add_patches({key: there for key, there in other.get_key_patches("diffusion_model.").items()}, 0.25, 0.75)
+    mixed = mixed.clone()  # another model's difference on top
+    mixed.add_patches({key: there for key, there in other.get_key_patches("diffusion_model.").items()}, 0.25, 1.0)
     first = run(mixed)
     for _ in range(50):
         comfy.model_management.load_models_gpu([mixed])
@@ -128,10 +128,10 @@ def test_a_changed_strength_touches_no_weight_and_takes_under_a_millisecond(mode
     first, second = (apply(model, (tensors, strength), mode="live") for strength in (0.5, 0.9))
     run(first)
     places = {key: tensor.data_ptr() for key, tensor in model.model.state_dict().items()}
-    hooks = model.model.diffusion_model.middle_block[1].proj_in.forward.__self__
+    hooks = model.model.diffusion_model.middle_block[1].proj_in.forward.__self__.hook
     comfy.model_management.load_models_gpu([second])
     assert {key: tensor.data_ptr() for key, tensor in model.model.state_dict().items()} == places
-    assert model.model.diffusion_model.middle_block[1].proj_in.forward.__self__ is hooks
+    assert model.model.diffusion_model.middle_block[1].proj_in.forward.__self__.hook is hooks
     assert near(run(second), run(apply(model, (tensors, 0.9), mode="patch")))
     (injection,) = second.injections["lora_ops_live"]
     second.eject_model()
@@ -155,6 +155,94 @@ def test_a_forgotten_clone_takes_nothing_from_the_one_in_use(models, samples, ap
     del first, stray
     gc.collect()
     assert torch.equal(run(second), expected)
+
+
+def test_a_chain_grows_while_its_beginning_runs(models, samples, apply):
+    """Between prompts the first node's model stays loaded, and the host's clones of it say that they are injected."""
+    from tests.host.test_patching import host_apply
+
+    model = models["flux"]
+    tensors = [samples(model, 0, seed=seed) for seed in (1, 2, 3)]
+    plain = run(model)
+    truth = run(apply(model, *((each, 0.4) for each in tensors), mode="patch"))
+    for third in ("live", "patch", "host"):
+        first = apply(model, (tensors[0], 0.4), mode="live")
+        alone = run(first)
+        second = apply(first, (tensors[1], 0.4), mode="live")
+        last = host_apply(second, tensors[2], 0.4) if third == "host" else apply(second, (tensors[2], 0.4), mode=third)
+        assert near(run(last), truth), third
+        assert torch.equal(run(first), alone) and torch.equal(run(model), plain), third
+        assert near(run(last), truth), third
+        del first, second, last
+        gc.collect()
+        assert torch.equal(run(model), plain), third
+
+
+def test_a_clone_with_a_copy_of_the_model_runs_its_own_hooks(models, samples, apply):
+    """The host swaps models under a patcher: for torch.compile, for several GPUs, for hooks."""
+    model, other = models["flux"], inside.model("flux")
+    live = apply(model, (samples(model, 0, seed=1), 0.8), mode="live")
+    expected, plain = run(live), run(model)
+    elsewhere = live.clone(model_override=other.get_clone_model_override())
+    assert elsewhere.model is other.model
+    assert torch.equal(run(elsewhere), expected) and torch.equal(run(model), plain)
+    assert torch.equal(run(other), plain)
+
+
+def test_loras_that_share_a_factor_are_told_apart(models, samples, apply):
+    model = models["flux"]
+    tensors = samples(model, 0, seed=1)
+    opposite = {key: -tensor if "lora_up" in key else tensor for key, tensor in tensors.items()}
+    run(apply(model, (tensors, 0.8), mode="live"))
+    live, patched = (run(apply(model, (opposite, 0.8), mode=mode)) for mode in ("live", "patch"))
+    assert near(live, patched)
+
+
+def test_a_clone_that_dies_takes_nothing_from_the_run_it_was_cloned_for(models, samples, apply):
+    import comfy.model_management
+
+    model = models["flux"]
+    live = apply(model, (samples(model, 0, seed=1), 0.8), mode="live")
+    expected = run(live)
+    comfy.model_management.load_models_gpu([live])
+    stray = live.clone()
+    del stray
+    gc.collect()
+    live.pre_run()  # what the host calls between loading and sampling
+    assert torch.equal(inside.call(live), expected)
+
+
+def test_a_merge_after_a_live_lora_is_an_error(models, samples, apply):
+    model = models["flux"]
+    live = apply(model, (samples(model, 0, seed=1), 0.8), mode="live")
+    merged = live.clone()
+    merged.add_patches(model.get_key_patches("diffusion_model."), 0.5, 0.5)
+    with pytest.raises(Exception, match="merged with another model after a LoRA was put on it live"):
+        run(merged)
+    merged.detach()
+    assert torch.equal(run(model), run(model.clone()))
+
+
+def test_gradients_pass_after_a_run_in_inference_mode(models, samples, apply):
+    model = models["flux"]
+    live = apply(model, (samples(model, 0, seed=1), 0.8), mode="live")
+    with torch.inference_mode():
+        run(live)
+    layer = model.model.diffusion_model.single_blocks[0].linear2
+    x = torch.randn(2, layer.in_features, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+    live.detach()
+
+
+def test_what_the_hooks_keep_on_the_device_goes_with_the_model(models, samples, apply):
+    model = models["flux"]
+    live = apply(model, (samples(model, 0, seed=1), 0.8), mode="live")
+    run(live)
+    hook = model.model.diffusion_model.single_blocks[0].linear2.forward.__self__.hook
+    assert hook.terms
+    live.detach()
+    assert not hook.terms
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import shutil
 import subprocess
@@ -106,12 +107,32 @@ def test_core_reads_our_lora_model_at_our_scale(ours):
     assert sockets.lora_of(dict(wire)).modules["m"].scale == 1
 
 
-def test_a_foreign_lora_model_with_nan_is_refused(ours):
-    with pytest.raises(ours("lora_ops.errors").FileError, match="NaN"):
-        ours("nodes.sockets").lora_of({"m.lora_up.weight": torch.tensor([[float("nan")]])})
+@pytest.mark.parametrize(
+    ("wire", "words"),
+    [
+        ({"m.lora_up.weight": torch.tensor([[float("nan")]])}, "NaN"),
+        ({"m.alpha": 2.0}, "not a dense tensor"),
+        ({"m.alpha": torch.eye(2).to_sparse()}, "not a dense tensor"),
+        (None, "not a dict"),
+        ("ink.safetensors", "not a dict"),
+    ],
+)
+def test_a_foreign_lora_model_that_is_none_is_refused(ours, wire, words):
+    with pytest.raises(ours("lora_ops.errors").FileError, match=words):
+        ours("nodes.sockets").lora_of(wire)
 
 
-@pytest.mark.parametrize("wire", [[("a", 1.0)], [("a", "1", 1.0)], [("a", float("nan"), 1.0)], [(1, 1.0, 1.0)]])
+def test_a_lora_model_that_another_node_edited_is_read_again(ours):
+    sockets, files, lora = ours("nodes.sockets"), ours("lora_ops.files"), ours("lora_ops.lora")
+    file = files.TensorFile("x", {"m.lora_up.weight": torch.ones(4, 2), "m.lora_down.weight": torch.ones(2, 4)})
+    wire = sockets.LoraModel(file, lora.from_file(file))
+    for edited in (copy.copy(wire), copy.deepcopy(wire)):
+        edited["m.lora_up.weight"] = edited["m.lora_up.weight"] * 0
+        assert sockets.lora_of(edited).modules["m"].idle
+    assert not sockets.lora_of(wire).modules["m"].idle
+
+
+@pytest.mark.parametrize("wire", [5, "a", [("a", 1.0)], [("a", "1", 1.0)], [("a", float("nan"), 1.0)], [(1, 1.0, 1.0)]])
 def test_a_foreign_lora_stack_is_checked(ours, wire):
     with pytest.raises(ours("lora_ops.errors").StackError):
         ours("nodes.sockets").rows_of(wire)

@@ -69,9 +69,9 @@ def test_adding_in_place_is_adding_the_delta(name, strength):
 @each_branch
 def test_adding_works_on_memory_that_is_no_matrix(name):
     adapter, shape, exact = CASES[name]
-    if len(shape) != 4:
-        return
-    weight = rand(*shape, seed=7).to(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(shape))
+    weight = rand(*shape, seed=7)
+    weight = weight.to(memory_format=last) if last else weight.T.contiguous().T
     changed = weight.clone(memory_format=torch.preserve_format)
     adapter.add_(changed, 0.5)
     torch.testing.assert_close(changed.double(), weight.double() + 0.5 * exact, **NEAR)
@@ -87,7 +87,7 @@ def test_energy_is_the_squared_norm_of_the_delta(name):
 def test_swapping_exchanges_the_halves_of_the_rows(name):
     adapter, shape, exact = CASES[name]
     swapped = torch.cat((exact[6:], exact[:6]))
-    torch.testing.assert_close(adapter.swapped().delta(shape, torch.float64), swapped, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(adapter.swapped.delta(shape, torch.float64), swapped, rtol=1e-12, atol=1e-12)
 
 
 @each_branch
@@ -113,7 +113,7 @@ def test_inputs_are_never_changed(name):
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in adapter.packed()]
     adapter.add_(rand(*shape), 0.5)
     list(fused([(adapter, 2.0), (adapter, 3.0)], torch.float32))
-    adapter.swapped()
+    assert adapter.swapped is adapter.swapped
     for old, new in zip(before, adapter.packed(), strict=True):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new
 

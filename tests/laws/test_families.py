@@ -128,3 +128,9 @@ def test_sdxl_checkpoints_keep_clip_g_as_openclip_does_and_it_is_found():
     key = names["lora_te2_text_model_encoder_layers_3_self_attn_k_proj"].target
     assert key.key.endswith("attn.in_proj_weight") and (key.rows.start, key.rows.length) == (1280, 1280)
     assert names["text_encoder_2.text_model.encoder.layers.3.mlp.fc1"].target.key.endswith("c_fc.weight")
+
+
+def test_a_flattened_name_that_means_two_weights_means_none():
+    shapes = {"diffusion_model.a.b_c.weight": (8, 8), "diffusion_model.a_b.c.weight": (8, 8)}
+    names = target_map(recognise(shapes), shapes).names
+    assert "lora_unet_a_b_c" not in names and "diffusion_model.a.b_c" in names

@@ -21,6 +21,7 @@ FLUX = {  # one double and one single block of width 8
     "diffusion_model.double_blocks.0.img_attn.qkv.weight": (24, 8),
     "diffusion_model.double_blocks.0.img_mod.lin.weight": (48, 8),
     "diffusion_model.vector_in.in_layer.weight": (8, 8),
+    "diffusion_model.txt_in.weight": (8, 8),
     "diffusion_model.single_blocks.0.linear1.weight": (56, 8),
     "diffusion_model.final_layer.adaLN_modulation.1.weight": (16, 8),
 }

@@ -93,7 +93,7 @@ def test_live_is_the_module_with_the_update_in_its_weight(case):
     try:
         found = module(x)
     finally:
-        assert live.remove()
+        live.remove()
     assert_near(found, expected(module, x, pieces))
     assert torch.equal(module.weight, before)
 
@@ -104,13 +104,13 @@ def test_a_changed_strength_is_read_at_the_next_call_and_changes_no_tensor_but_o
     live.install()
     try:
         module(x)
-        terms = [(term.up.data_ptr(), term.down.data_ptr(), term.gains.data_ptr()) for term in live._hooks[0]._terms]
+        terms = [(term.up.data_ptr(), term.down.data_ptr(), term.gains.data_ptr()) for term in live._hooks[0].terms]
         live.set_strengths([2.0, 0.0, -1.0])
         found = module(x)
-        assert terms == [(t.up.data_ptr(), t.down.data_ptr(), t.gains.data_ptr()) for t in live._hooks[0]._terms]
+        assert terms == [(t.up.data_ptr(), t.down.data_ptr(), t.gains.data_ptr()) for t in live._hooks[0].terms]
     finally:
         live.remove()
-    changed = [Piece(p.adapter, p.band, [2.0, 0.0, -1.0][p.row], p.row) for p in pieces]
+    changed = [Piece(p.adapter, p.band, [2.0, 0.0, -1.0][p.entry], p.entry) for p in pieces]
     assert_near(found, expected(module, x, changed))
 
 
@@ -120,43 +120,57 @@ def test_removing_leaves_nothing_behind(case):
     for _ in range(3):
         live.install()
         live.install()  # twice is once
-        assert live.remove()
-        assert live.remove()
+        live.remove()
+        live.remove()
     assert set(module.__dict__) == attributes and torch.equal(module(x), before)
 
 
-def test_another_hook_below_or_above_is_neither_lost_nor_kept():
-    class Other:
-        """Hooks the way the host's bypass does: it keeps the forward it found and puts it back."""
+class Bound:
+    """Hooks the way the host's bypass does: it keeps the forward it found and puts it back."""
 
-        def __init__(self, module):
-            self.module, self.original = module, None
+    def __init__(self, module):
+        self.module, self.original = module, None
 
-        def install(self):
-            self.original = self.module.forward
-            self.module.forward = self.forward
+    def install(self):
+        self.original = self.module.forward
+        self.module.forward = self.forward
 
-        def remove(self):
-            self.module.forward = self.original
+    def remove(self):
+        self.module.forward = self.original
 
-        def forward(self, x):
-            return self.original(x) + 100
+    def forward(self, x):
+        return self.original(x) + 100
 
-    for ours_first in (True, False):
-        module = nn.Linear(8, 12)
-        x, plain = rand(2, 8), module(rand(2, 8))
-        live, other = Live({"m": module}, {"m": [Piece(low_rank(12, 8), None, 1.0)]}), Other(module)
-        live.set_strengths([1.0])
-        live.install()
-        alone = module(x)
-        live.remove()
-        first, second = (live, other) if ours_first else (other, live)
-        first.install()
-        second.install()
+
+class Closure(Bound):
+    """The same with a plain function, in which nobody can see what is below."""
+
+    def install(self):
+        self.original = original = self.module.forward
+        self.module.forward = lambda x: original(x) + 100
+
+
+@pytest.mark.parametrize("kind", [Bound, Closure])
+@pytest.mark.parametrize("order", ["ours first", "ours last"])
+@pytest.mark.parametrize("removal", ["in order", "in reverse"])
+def test_another_hook_below_or_above_is_neither_lost_nor_kept(kind, order, removal):
+    module = nn.Linear(8, 12)
+    x = rand(2, 8)
+    plain = module(x)
+    live, other = Live({"m": module}, {"m": [Piece(low_rank(12, 8), None, 1.0)]}), kind(module)
+    live.set_strengths([1.0])
+    live.install()
+    alone = module(x)
+    live.remove()
+    for _ in range(3):
+        hooks = [live, other] if order == "ours first" else [other, live]
+        for hook in hooks:
+            hook.install()
         torch.testing.assert_close(module(x), alone + 100)
-        first.remove()  # as the host does it: in the order of installing
-        second.remove()
-        live.remove()
+        for hook in hooks if removal == "in order" else hooks[::-1]:
+            hook.remove()
+        assert torch.equal(module(x), plain)
+        live.remove()  # once more, as the host's callback does
         assert torch.equal(module(x), plain)
         assert getattr(module.__dict__.get("forward"), "__self__", module) is module
 

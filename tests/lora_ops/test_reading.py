@@ -223,7 +223,7 @@ def test_headers_of_checkpoints_may_be_larger_than_those_of_loras(tmp_path):
     with pytest.raises(FileError, match="cut short"):
         files.read_header(path)
     with pytest.raises(FileError, match="over the limit"):
-        files.read_header(path, files.LORA)
+        files.read_header(path, files.LORA_HEADER)
 
 
 # Files that change under the reader

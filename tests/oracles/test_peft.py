@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -24,8 +26,7 @@ class Small(torch.nn.Module):
 
 
 @pytest.mark.parametrize("rank", [1, 4, 8])
-@pytest.mark.parametrize("adapter_name", ["default"])
-def test_a_lora_that_peft_saved_is_merged_as_peft_merges_it(rank, adapter_name):
+def test_a_lora_that_peft_saved_is_merged_as_peft_merges_it(rank):
     torch.manual_seed(rank)
     base = Small()
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -33,7 +34,7 @@ def test_a_lora_that_peft_saved_is_merged_as_peft_merges_it(rank, adapter_name):
     config = peft.LoraConfig(
         r=rank, lora_alpha=rank, target_modules=["linear", "conv", "point"], init_lora_weights=False
     )
-    model = peft.get_peft_model(base, config, adapter_name=adapter_name)
+    model = peft.get_peft_model(base, config)
     saved = peft.get_peft_model_state_dict(model)
     lora = from_file(TensorFile("peft", saved))
     assert not lora.leftover and set(lora.modules) == {f"base_model.model.{n}" for n in ("linear", "conv", "point")}
@@ -56,3 +57,26 @@ def test_kohya_alpha_equals_pefts_scale():
     kohya = {"m.lora_up.weight": up, "m.lora_down.weight": down, "m.alpha": torch.tensor(6.0)}
     ours = from_file(TensorFile("kohya", kohya)).modules["m"].delta((16, 24))
     torch.testing.assert_close(ours, layer.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("patterns", [{}, {"linear": 20}])
+def test_an_alpha_in_diffusers_metadata_gives_pefts_scale(stabilised, patterns):
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=stabilised,
+        alpha_pattern=patterns,
+        target_modules=["linear", "conv"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(Small(), config)
+    saved = peft.get_peft_model_state_dict(model)
+    tensors = {key.replace("base_model.model.", "unet."): tensor for key, tensor in saved.items()}
+    written = {f"unet.{key}": value for key, value in config.to_dict().items() if isinstance(value, int | dict)}
+    lora = from_file(TensorFile("diffusers", tensors, {"lora_adapter_metadata": json.dumps(written)}))
+    assert {lora.alpha_source(module) for module in lora.modules} == {"metadata"}
+    for name in ("linear", "conv"):
+        layer = getattr(model.base_model.model, name)
+        ours = lora.modules[f"unet.{name}"].delta(tuple(layer.weight.shape))
+        torch.testing.assert_close(ours, layer.get_delta_weight("default").detach(), rtol=1e-5, atol=1e-6)
