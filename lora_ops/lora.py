@@ -185,7 +185,7 @@ def from_file(file: TensorFile) -> Lora:
         try:
             if module in twice:
                 raise AdapterError(twice[module])
-            if "alpha" not in tensors and "down" in tensors:
+            if "alpha" not in tensors and "down" in tensors and tensors["down"].ndim:
                 alpha = _declared_alpha(config, module, rank=tensors["down"].shape[0])
                 if alpha is not None:
                     tensors["alpha"] = torch.tensor(alpha, dtype=torch.float64)

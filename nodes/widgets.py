@@ -32,7 +32,8 @@ def mode() -> io.Input:
         default="auto",
         tooltip="How the update reaches the model. patch: added to the weights when they are loaded, at no cost per "
         "step. live: added to what each module puts out, for a few percent of a step; exact on fp8 and other quantised "
-        "models, and a changed strength costs nothing. auto: live where the weights are quantised, else patch.",
+        "models, and a changed strength costs nothing; not in merged or saved models. "
+        "auto: live where the weights are quantised, else patch.",
     )
 
 

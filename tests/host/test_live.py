@@ -274,3 +274,39 @@ def test_on_an_fp8_base_auto_is_live_and_exact_where_baking_is_not(pack, ours, s
 def test_on_a_float_base_auto_is_patch(models, samples, apply):
     auto = apply(models["sd15"], (samples(models["sd15"]), 1.0), mode="auto")
     assert auto.patches and auto.get_attachment("lora_ops_live") is None
+
+
+def quantised(algorithm):
+    """A small FLUX model of which one Linear is the host's quantised one, and that Linear."""
+    import comfy.ops
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    model = inside.model("flux")
+    block = model.model.diffusion_model.single_blocks[0]
+    plain, operations = block.linear2, comfy.ops.mixed_precision_ops({}, torch.float32)
+    layer = operations.Linear(plain.in_features, plain.out_features, device="cpu", dtype=torch.float32)
+    weight = QuantizedTensor.from_float(plain.weight.data, QUANT_ALGOS[algorithm]["comfy_tensor_layout"])
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    layer.bias = torch.nn.Parameter(plain.bias.data, requires_grad=False)
+    layer.quant_format = algorithm
+    block.linear2 = layer
+    return model, layer
+
+
+@pytest.mark.parametrize("algorithm", ["float8_e4m3fn", "nvfp4"])
+def test_on_a_quantised_linear_auto_runs_live_whatever_shape_it_is_stored_in(pack, ours, samples, apply, algorithm):
+    model, layer = quantised(algorithm)
+    tensors = {key: t for key, t in samples(model, 0, seed=1).items() if "single_blocks_0_linear2" in key}
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        base = layer(x)
+        live = apply(model, (tensors, 0.5), mode="auto")
+        assert live.get_attachment("lora_ops_live") is not None and not live.patches
+        live.inject_model()
+        found = layer(x).double() - base.double()
+        live.eject_model()
+        assert torch.equal(layer(x), base)
+    adapter = ours("lora_ops.lora").from_file(ours("lora_ops.files").TensorFile("x", tensors))
+    adapter = adapter.modules["lora_unet_single_blocks_0_linear2"]
+    exact = 0.5 * x.double() @ adapter.delta((layer.out_features, layer.in_features), torch.float64).T
+    assert (found - exact).norm() <= 1e-4 * exact.norm()  # a difference of float32 outputs
