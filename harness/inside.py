@@ -54,7 +54,7 @@ def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = Tr
     with torch.no_grad():
         for weight in inner.diffusion_model.parameters():
             fan_in = max(1, weight.shape[1:].numel())
-            weight.copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
+            weight.requires_grad_(False).copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(inner, device, CPU)
 
