@@ -43,6 +43,18 @@ def ours(pack):
 
 
 @pytest.fixture(scope="session")
+def models(pack):
+    """A small random model of each family, in this process."""
+    return {family: inside.model(family) for family in inside.FAMILIES}
+
+
+@pytest.fixture
+def model(models, request):
+    """The model of the family that a test is parametrized with."""
+    return models[request.param]
+
+
+@pytest.fixture(scope="session")
 def apply(ours):
     """apply(model, (tensors, strength), …): our patch of these LoRA files on a clone, in one stack."""
     files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")

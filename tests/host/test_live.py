@@ -11,17 +11,6 @@ import torch
 from harness import inside
 from harness.inside import FAMILIES, run
 
-
-@pytest.fixture(scope="module")
-def models(pack):
-    return {family: inside.model(family) for family in FAMILIES}
-
-
-@pytest.fixture
-def model(models, request):
-    return models[request.param]
-
-
 each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
 
 

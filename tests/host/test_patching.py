@@ -11,16 +11,6 @@ from harness.inside import FAMILIES, patched_weights
 STRENGTHS = (1.0, 0.7, -0.3, 2.5)
 
 
-@pytest.fixture(scope="module")
-def models(pack):
-    return {family: inside.model(family) for family in FAMILIES}
-
-
-@pytest.fixture
-def model(models, request):
-    return models[request.param]
-
-
 each_family = pytest.mark.parametrize("model", FAMILIES, indirect=True)
 
 
@@ -241,3 +231,27 @@ def test_half_precision_models_are_rounded_once(pack, samples, apply, ours, dtyp
 def test_strength_zero_adds_no_patch(models, samples, apply):
     model = models["sd15"]
     assert apply(model, (samples(model), 0.0)) is model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_text_encoder_name_the_host_knows_means_the_same_weight_to_us(pack, ours, family):
+    import comfy.lora
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import comfy.text_encoders.flux
+
+    classes = {
+        "sd15": comfy.sd1_clip.SD1ClipModel,
+        "sdxl": comfy.sdxl_clip.SDXLClipModel,
+        "flux": comfy.text_encoders.flux.FluxClipModel,
+    }
+    encoder = classes[family](device="meta", dtype=torch.float16)
+    shapes = {key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}
+    families, dialects = ours("lora_ops.families"), ours("lora_ops.dialects")
+    names = dialects.target_map(families.recognise(shapes), shapes).names
+    known = {name: key for name, key in comfy.lora.model_lora_keys_clip(encoder, {}).items() if len(shapes[key]) > 1}
+    assert [name for name, key in known.items() if name in names and names[name].target.key != key] == []
+    # Names of dialects to come, of other families' text encoders, and of what no LoRA changes
+    foreign = ("text_encoders.transformer.", "lora_prior_te", "token_embedding", "position_embedding")
+    holes = [name for name in known if name not in names and not any(word in name for word in foreign)]
+    assert [name for name in holes if not name.startswith("text_encoders.")] == [] and len(names) > 100
