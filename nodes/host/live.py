@@ -74,7 +74,6 @@ def attach(
         live.install()
         hooks.installed = live
 
-    patcher.is_injected = False  # the clone's flag came with it; its hooks are not in
     patcher.set_attachments(KEY, attached)
     patcher.set_injections(KEY, [PatcherInjection(inject=inject, eject=_eject)])
     _set_callback(patcher, CallbacksMP.ON_EJECT_MODEL, _eject)  # once more when every other pack's hooks are out

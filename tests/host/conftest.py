@@ -42,9 +42,9 @@ def ours(pack):
     return lambda name: importlib.import_module(f"{MOUNT}.{name}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def models(pack):
-    """A small random model of each family, in this process."""
+    """A small random model of each family, in this process; what a file of tests leaves loaded is its own."""
     return {family: inside.model(family) for family in inside.FAMILIES}
 
 

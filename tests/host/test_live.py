@@ -201,6 +201,19 @@ def test_a_clone_that_dies_takes_nothing_from_the_run_it_was_cloned_for(models, 
     assert torch.equal(inside.call(live), expected)
 
 
+def test_whoever_injects_takes_out_what_is_there(models, samples, apply):
+    model = models["flux"]
+    first, second = (apply(model, (samples(model, 0, seed=seed), 0.8), mode="live") for seed in (1, 2))
+    expected, plain = run(second), run(model)
+    first.inject_model()
+    second.inject_model()
+    assert torch.equal(inside.call(model), expected)
+    second.eject_model()
+    assert torch.equal(inside.call(model), plain)
+    first.eject_model()
+    assert torch.equal(run(model), plain)
+
+
 def test_a_merge_after_a_live_lora_is_an_error(models, samples, apply):
     model = models["flux"]
     live = apply(model, (samples(model, 0, seed=1), 0.8), mode="live")
