@@ -41,7 +41,7 @@ def base() -> Layer:
 
 
 def test() -> Layer:
-    return Layer("test", ("pytest", "ruff", "pyright", "hypothesis", "selenium"))
+    return Layer("test", ("pytest", "ruff", "pyright", "hypothesis", "selenium", "diffusers", "lycoris-lora"))
 
 
 def host(comfy: Path) -> Layer:

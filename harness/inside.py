@@ -96,6 +96,6 @@ def call(patcher, side: int = 16) -> torch.Tensor:
             noise(1, inner.latent_format.latent_channels, side, side),
             torch.tensor([0.5], device=patcher.load_device),
             c_crossattn=noise(1, 7, context),
-            transformer_options={},
+            transformer_options={"wrappers": patcher.wrappers},  # as the host hands them over when it samples
             **extra,
         )

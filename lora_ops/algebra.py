@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from .errors import AdapterError
 
 
 def product(up: Tensor, down: Tensor) -> Tensor:
     """ΔW of a pair of factors, flattened: (out, rank, 1…) · (rank, in, kernel…) -> (out, in·kernel…)."""
     return torch.mm(up.flatten(1), down.flatten(1))
+
+
+def folded(core: Tensor, down: Tensor) -> Tensor:
+    """A Tucker core and the factor below it as one: (rank, rank', kernel…) · (rank', in, 1…) -> (rank, in, kernel…).
+
+    ΔW = up · core · down is then up · folded: the convolutions behind each other are one with the core's kernel.
+    """
+    return torch.einsum("ab...,bi->ai...", core, down.flatten(1))
+
+
+def exact(value: float) -> Tensor:
+    """A number as a tensor: a float32 where one says it, else a float64."""
+    single = torch.tensor(value, dtype=torch.float32)
+    return single if float(single) == value else torch.tensor(value, dtype=torch.float64)
+
+
+def kernel(shape: Sequence[int]) -> tuple[int, ...]:
+    """A kernel without the ones at its end, in which writers differ: a 1×1 convolution is also kept as a matrix, and
+    PEFT keeps the Tucker core of a Conv1d with one dimension more."""
+    *rest, last = (0, *shape)
+    return kernel(rest[1:]) if last == 1 else tuple(shape)
 
 
 def scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -21,6 +46,20 @@ def scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
         return factor.to(dtype)
     wide = torch.float32 if factor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
     return (factor.to(wide) * scale).to(dtype)
+
+
+def scaled_rows(factor: Tensor, rows: Tensor) -> Tensor:
+    """factor with row r multiplied by rows[r] (float64): in its own dtype if that is exact, else rounded to float32.
+
+    rows may be a single number, for all of them. Raises AdapterError if float32 cannot hold it.
+    """
+    exact = factor.double() * rows.reshape(-1, *(1 for _ in factor.shape[1:]))
+    kept = exact.to(factor.dtype)
+    if not torch.equal(kept.double(), exact):
+        kept = exact.to(torch.float32)
+    if not torch.isfinite(kept.double()).all():
+        raise AdapterError("would hold infinities", remedy="Use smaller factors.")
+    return kept
 
 
 def energy(up: Tensor, down: Tensor) -> float:

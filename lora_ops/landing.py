@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, fused
+from .adapters import Adapter, Additive, fused
 from .dialects import published_map, published_maps
-from .errors import ShapeError, TargetError, shown
+from .errors import AdapterError, ShapeError, StackError, TargetError, shown
 from .families import FAMILIES
-from .lora import Band, Lora, Named, Refusal, Target, TargetMap
+from .lora import BIAS, Band, Lora, Named, Refusal, Target, TargetMap
+from .select import Choice, choose
 from .stack import PARTS, Entry
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One adapter on one weight: delta times strength is added to the band (None: to the whole weight).
+    """One adapter on one weight: what it does to the band (None: to the whole weight) at a strength.
 
-    entry is the place in the stack of the LoRA it came from.
+    entry is the place in the stack of the LoRA it came from, factor what its selectors put into the strength.
     """
 
     adapter: Adapter
     band: Band | None
     strength: float
     entry: int = 0
+    factor: float = 1.0
 
     def packed(self) -> tuple[Any, ...]:
         """The piece as plain tuples of tensors and numbers, for those who move tensors without knowing pieces."""
@@ -37,9 +40,14 @@ class Piece:
     @classmethod
     def unpacked(cls, packed: tuple[Any, ...], move: Callable[[Tensor], Tensor]) -> Piece:
         """The inverse of packed, each tensor passed through move."""
-        algebra, fields, band, strength = packed
-        moved = (move(value) if isinstance(value, Tensor) else value for value in fields)
-        return cls(algebra(*moved), None if band is None else Band(*band), strength)
+        algebra, fields, band, strength = _moved(packed, move)
+        return cls(algebra.unpacked(fields), None if band is None else Band(*band), strength)
+
+
+def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(each, move) for each in value)
+    return move(value) if isinstance(value, Tensor) else value
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +59,7 @@ class RowLanding:
     refused: tuple[Refusal, ...]
     unconnected: Mapping[str, tuple[str, ...]]  # part that is not connected -> its modules
     refused_parts: Mapping[str, int]  # part -> how many of the refused are known to belong there
+    chosen: tuple[int, ...] = ()  # how many of the landed modules each of the entry's selectors touched
 
     @property
     def total(self) -> int:
@@ -83,19 +92,37 @@ def land(stack: Sequence[Entry], targets: TargetMap) -> Landing:
     """Find every module's place. Nothing is multiplied; what does not fit is refused in the row, not dropped.
 
     Strength 0 makes no piece, so that it is bit-identical to no LoRA.
+
+    Raises StackError for a selector that chooses nothing in the model, AdapterError for an update that is to be cut
+    and cannot be.
     """
     pieces: dict[tuple[str, str], list[Piece]] = {}
     rows: list[RowLanding] = []
     for number, entry in enumerate(stack):
         row = _land_row(entry, targets)
-        rows.append(row)
-        for module, (target, _) in row.landed.items():
-            if strength := entry.strengths[target.part]:
-                adapter = entry.lora.modules[module]
-                piece = Piece(adapter.swapped if target.swap else adapter, target.band, strength, number)
-                pieces.setdefault((target.part, target.key), []).append(piece)
-    found = {place: tuple(there) for place, there in pieces.items()}
+        module = None
+        try:
+            choice = choose(entry.blocks, targets)
+            for module, (target, _) in row.landed.items():
+                there = pieces.setdefault((target.part, target.key), [])
+                there.extend(_pieces(entry, number, entry.lora.modules[module], choice, target))
+        except (AdapterError, StackError) as error:
+            error.file, error.module = entry.lora.name, module
+            raise
+        rows.append(replace(row, chosen=choice.counts(named.target for named in row.landed.values())))
+    found = {place: tuple(there) for place, there in pieces.items() if there}
     return Landing(targets.family, targets.parts, found, tuple(rows))
+
+
+def _pieces(entry: Entry, number: int, adapter: Adapter, choice: Choice, target: Target) -> Iterator[Piece]:
+    """One piece for all rows of the target, or one for each share of them that has a factor of its own."""
+    adapter, rows = adapter.swapped if target.swap else adapter, target.rows
+    for band, factor, _ in choice.of(target):
+        if strength := entry.strengths[target.part] * factor:
+            if band == rows:
+                yield Piece(adapter, target.band, strength, number, factor)
+            else:
+                yield Piece(adapter.narrowed(band.start - rows.start, band.length), band, strength, number, factor)
 
 
 def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
@@ -108,7 +135,7 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
     readable = ((module, adapter, "") for module, adapter in entry.lora.modules.items())
     unreadable = ((module, None, reason) for module, reason in entry.lora.leftover)
     for module, adapter, reason in (*readable, *unreadable):
-        named = targets.names.get(module)
+        named = meant(module, adapter, targets)
         if named is not None:
             part = named.target.part
             there = taken.setdefault((part, named.target.key), [])
@@ -118,17 +145,30 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
                 there.append((named.target.rows, module))
                 landed[module] = named
                 continue
+        elif module.endswith(BIAS) and (weights := targets.meanings(module.removesuffix(BIAS))):
+            part = weights[0].target.part
+            reason = reason or "this module has no bias"
         else:
             part = elsewhere.part(module)
             if part is not None and part not in targets.parts:
                 unconnected.setdefault(part, []).append(module)
                 continue
-            reason = reason or ("no such weight in this model" if part else "name not known")
+            unknown = "could be several places of this model" if targets.meanings(module) else "name not known"
+            reason = reason or ("no such weight in this model" if part else unknown)
         refused.append(Refusal(module, reason))
         if part is not None:
             refused_parts[part] += 1
     silent = {part: tuple(modules) for part, modules in unconnected.items()}
     return RowLanding(entry, landed, tuple(refused), silent, refused_parts)
+
+
+def meant(module: str, adapter: Adapter | None, targets: TargetMap) -> Named | None:
+    """The place that a name means. Where it could mean several, the one that the adapter fits, if that is one: PEFT
+    names the modules of all text encoders alike."""
+    found = targets.meanings(module)
+    if len(found) > 1 and adapter is not None:
+        found = tuple(named for named in found if not _misfit(adapter, named.target))
+    return found[0] if len(found) == 1 else None
 
 
 def _misfit(adapter: Adapter, target: Target) -> str:
@@ -142,7 +182,7 @@ def _misfit(adapter: Adapter, target: Target) -> str:
 def _collision(rows: Band, there: Iterable[tuple[Band, str]]) -> str:
     """Two modules of one file for the same rows: nobody can say which one its writer meant."""
     for other, module in there:
-        if rows.start < other.start + other.length and other.start < rows.start + rows.length:
+        if rows.start < other.end and other.start < rows.end:
             return f"the same place as '{shown(module)}'"
     return ""
 
@@ -169,7 +209,8 @@ def guess(lora: Lora) -> TargetMap | None:
     entry = Entry(lora, dict.fromkeys(PARTS, 1.0))
 
     def score(targets: TargetMap) -> tuple[int, int]:
-        return len(_land_row(entry, targets).landed), sum(module in targets.names for module in names)
+        known = sum(module in targets.names for module in names)
+        return len(_land_row(entry, targets).landed) if known else 0, known
 
     names = [*lora.modules, *(refusal.module for refusal in lora.leftover)]
     scored = [(score(targets), targets) for targets in published_maps()]
@@ -214,18 +255,22 @@ def _not_covered(row: RowLanding, landing: Landing, minimum: float) -> TargetErr
 
 
 def merged(weight: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """W + Σ strength · ΔW in float32, rounded once to the weight's dtype. The weight is not changed."""
+    """The weight with all pieces, in float32, rounded once to the weight's dtype. The weight itself is not changed."""
     total = weight.to(torch.float32, copy=True)
     add_(total, pieces)
     return total.to(weight.dtype)
 
 
-def add_(weight: Tensor, pieces: Sequence[Piece], strength: float = 1.0) -> None:
-    """Add strength · Σ pieces to a weight in place, each band in one pass."""
-    for band, there in by_band(pieces):
-        rows = weight if band is None else weight.narrow(0, band.start, band.length)
-        for adapter, factor in fused([(piece.adapter, piece.strength * strength) for piece in there], weight.dtype):
-            adapter.add_(rows, factor)
+def add_(weight: Tensor, pieces: Iterable[Piece], strength: float = 1.0) -> None:
+    """Put pieces, each at strength times its own, on a weight in place.
+
+    Each Transform finds the weight as those before it have left it; between two of them each band takes one pass.
+    """
+    for additive, run in groupby(pieces, key=lambda piece: isinstance(piece.adapter, Additive)):
+        for band, there in by_band(run) if additive else ((piece.band, [piece]) for piece in run):
+            rows = weight if band is None else weight.narrow(0, band.start, band.length)
+            for adapter, factor in fused([(piece.adapter, piece.strength * strength) for piece in there], weight.dtype):
+                adapter.add_(rows, factor)
 
 
 def by_band(pieces: Iterable[Piece]) -> list[tuple[Band | None, list[Piece]]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .adapters import Full
 from .errors import shown
 from .families import FAMILIES
 from .landing import Landing, RowLanding
@@ -52,6 +53,8 @@ def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:
     used = {part: row.entry.strengths[part] for part in sorted(landing.parts)}
     return {
         "lora": lora.name,
+        "asked": row.entry.asked or None,
+        "other_tensors": row.entry.other_tensors,
         "strength": used,
         "dialect": most(named.dialect for named in row.landed.values()),
         "parts": {
@@ -64,21 +67,32 @@ def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:
         "unconnected": {part: len(modules) for part, modules in row.unconnected.items()},
         "refused": by_reason(row.refused),
         "energy_landed": _energy_landed(row),
+        "blocks": {str(each): count for each, count in zip(row.entry.blocks, row.chosen, strict=True)},
         "idle": sum(lora.modules[module].idle for module in row.landed),
         **numbers(lora, row.landed),
     }
 
 
 def numbers(lora: Lora, modules: Iterable[str]) -> dict[str, Any]:
-    """Algebra, rank, alpha source and scale of these modules, as value -> how many have it."""
+    """Algebra, rank, alpha source and scale of these modules, as value -> how many have it; a difference has neither
+    rank nor alpha."""
     names = list(modules)
     adapters = [lora.modules[module] for module in names]
+    factored = [module for module, adapter in zip(names, adapters, strict=True) if not isinstance(adapter, Full)]
     return {
         "algebra": _tally(adapter.ALGEBRA for adapter in adapters),
-        "rank": _tally(adapter.rank for adapter in adapters),
-        "alpha": _tally(lora.alpha_source(module) for module in names),
+        "rank": _tally(lora.modules[module].rank for module in factored),
+        "alpha": _tally(lora.alpha_source(module) for module in factored),
         "scale": _tally(f"{adapter.scale:.6g}" for adapter in adapters),
     }
+
+
+def figures(found: Mapping[str, Mapping[str, int]]) -> str:
+    """What numbers found, as a line."""
+    algebra, rank, scale, alpha = (", ".join(found[name]) for name in ("algebra", "rank", "scale", "alpha"))
+    if len(found["algebra"]) > 1:
+        algebra = ", ".join(f"{count} {name}" for name, count in found["algebra"].items())
+    return f"{algebra}{f', rank {rank}' if rank else ''}; scale {scale}{f', alpha from: {alpha}' if alpha else ''}"
 
 
 def by_reason(refused: Iterable[Refusal]) -> list[dict[str, Any]]:
@@ -107,31 +121,41 @@ def _tally(values: Iterable[object]) -> dict[str, int]:
 
 
 def _energy_landed(row: RowLanding) -> float | None:
-    """Share of ‖ΔW‖² that landed, among the modules that could be read; None where none of them says anything.
+    """Share of ‖ΔW‖² that landed, among the modules that could be read; None where none of them says anything, or where
+    only the weight could tell.
 
     Modules for a part that is not connected do not count. Without refusals there is nothing to compute.
     """
     if not row.refused:
         return 1.0 if row.landed else None
     modules = row.entry.lora.modules
-    landed = sum(modules[module].energy() for module in row.landed)
-    lost = sum(modules[module].energy() for module, _ in row.refused if module in modules)
-    return round(landed / (landed + lost), 6) if landed + lost else None
+    landed = [modules[module].energy() for module in row.landed]
+    lost = [modules[module].energy() for module, _ in row.refused if module in modules]
+    known = [energy for energy in (*landed, *lost) if energy is not None]
+    if not sum(known) or len(known) < len(landed) + len(lost):
+        return None
+    return round(sum(known[: len(landed)]) / sum(known), 6)
 
 
 def _lines(row: Mapping[str, Any]) -> Iterable[str]:
     strengths = ", ".join(f"{part} {strength:g}" for part, strength in row["strength"].items())
-    yield f"{MARKS[row['matched'] == row['total'] and row['matched'] > 0]} {shown(row['lora'])} ({strengths})"
+    whole = row["matched"] == row["total"] and row["matched"] > 0 and all(row["blocks"].values())
+    yield f"{MARKS[whole]} {shown(row['lora'])} ({strengths})"
+    if row["asked"]:
+        yield f"   asked for as {shown(row['asked'])}"
+    if row["other_tensors"]:
+        yield "   other tensors than those the row was written for"
     parts = ", ".join(f"{part} {n['matched']}/{n['total']}" for part, n in row["parts"].items() if n["total"])
     counts = f"{row['matched']} of {row['total']} modules landed{f' ({parts})' if parts else ''}"
     yield f"   {counts}; {row['dialect'] or 'no dialect'}"
     if row["matched"]:
-        scale = ", ".join(row["scale"])
-        yield f"   rank {', '.join(row['rank'])}; scale {scale}, alpha from: {', '.join(row['alpha'])}"
+        yield f"   {figures(row)}"
+    if row["blocks"]:
+        yield f"   blocks: {', '.join(f'{shown(each)} ({count} modules)' for each, count in row['blocks'].items())}"
     if row["energy_landed"] is not None and row["energy_landed"] < 1:
         yield f"   {row['energy_landed']:.1%} of the update's energy landed"
     if row["idle"]:
-        yield f"   {row['idle']} of the landed modules are all zero: untrained, or the file is incomplete"
+        yield f"   {row['idle']} of the landed modules are all zero: scaled to 0, untrained, or the file is incomplete"
     for part, count in row["unconnected"].items():
         yield f"   {count} modules for {part}, which is not connected"
     for group in row["refused"]:

@@ -13,6 +13,7 @@ from numbers import Real
 
 from .errors import StackError, shown
 from .lora import Lora
+from .select import Selector, decimal, parse_selectors
 
 VERSION = 1
 PARTS = ("model", "clip")
@@ -46,13 +47,18 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a stack as written: a LoRA by name; clip is None where it follows strength."""
+    """A line of a stack as written: a LoRA by name; clip is None where it follows strength.
+
+    sha256, that of its file's tensors, finds a file that has another name here; "" where the writer knew none.
+    """
 
     name: str
     strength: float = 1.0
     clip: float | None = None
     on: bool = True
     schedule: Schedule = Schedule()
+    blocks: str = ""
+    sha256: str = ""
 
     @property
     def strengths(self) -> Mapping[str, float]:
@@ -61,11 +67,17 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A LoRA in a stack, its strength per model part, and how that changes while the model samples."""
+    """A LoRA in a stack, its strength per model part, how that changes while the model samples, and in which blocks.
+
+    asked is the name it was asked for, "" where that is its own; other_tensors if they are not those asked for.
+    """
 
     lora: Lora
     strengths: Mapping[str, float]
     schedule: Schedule = Schedule()
+    blocks: tuple[Selector, ...] = ()
+    asked: str = ""
+    other_tensors: bool = False
 
 
 def finite(value: object, what: str) -> float:
@@ -81,8 +93,9 @@ def finite(value: object, what: str) -> float:
 
 def parse(text: str) -> tuple[Row, ...]:
     """The rows of a stack's text: JSON `{"version":1,"rows":[{"lora":…,"on":…,"strength":…,"clip":…}]}`, where a row
-    may have `start` and `end` (percent of sampling, 0 to 1) and `schedule` ([[percent, factor], …]); or tags
-    `<lora:name:strength:clip>`, one or more to a line. Empty text is an empty stack.
+    may have `start` and `end` (percent of sampling, 0 to 1), `schedule` ([[percent, factor], …]), `blocks` (selectors)
+    and `sha256` (64 hex digits); or tags `<lora:name:strength:clip>`, one or more to a line. Empty text is an empty
+    stack.
 
     Raises StackError, naming the row, for anything that would have to be guessed or ignored.
     """
@@ -97,31 +110,50 @@ def _from_json(text: str) -> tuple[Row, ...]:
         value = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError):
         try:  # the host turns a JSON object given to a text input into Python's spelling of it
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            value = _from_python(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise StackError("The stack's text is no valid JSON.", remedy="Write rows or <lora:…> tags.") from error
-    if not isinstance(value, dict) or value.get("version") != VERSION or not isinstance(value.get("rows"), list):
+    if not isinstance(value, dict) or not _current(value.get("version")) or not isinstance(value.get("rows"), list):
         raise StackError('The stack\'s text should be {"version": 1, "rows": [...]}.')
     if unknown := value.keys() - {"version", "rows"}:
         raise StackError(f"The stack's text has unknown fields: {shown(', '.join(sorted(map(str, unknown))))}.")
     return tuple(_row(number, row) for number, row in enumerate(value["rows"], 1))
 
 
+def _current(version: object) -> bool:
+    return version == VERSION and not isinstance(version, bool)
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise StackError("The stack's text gives a field twice.", remedy="Keep one of them.")
+    _require_unique(len(fields), len(pairs))
     return fields
+
+
+def _from_python(text: str) -> object:
+    tree = ast.parse(text, mode="eval")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            _require_unique(len(ast.literal_eval(node)), len(node.keys))
+    return ast.literal_eval(tree)
+
+
+def _require_unique(fields: int, given: int) -> None:
+    if fields != given:
+        raise StackError("The stack's text gives a field twice.", remedy="Keep one of them.")
 
 
 def _row(number: int, row: object) -> Row:
     if not isinstance(row, dict) or not isinstance(row.get("lora"), str) or not row["lora"].strip():
         raise StackError(f"Row {number} of the stack names no LoRA.")
-    if unknown := row.keys() - {"lora", "on", "strength", "clip", "start", "end", "schedule"}:
+    if unknown := row.keys() - {"lora", "on", "strength", "clip", "start", "end", "schedule", "blocks", "sha256"}:
         names = shown(", ".join(sorted(map(str, unknown))))
         raise StackError(f"Row {number} of the stack has fields this version does not know: {names}.")
     if not isinstance(row.get("on", True), bool):
         raise StackError(f"Row {number} of the stack: on should be true or false.")
+    sha256 = row.get("sha256", "")
+    if not isinstance(sha256, str) or not re.fullmatch(r"([0-9a-fA-F]{64})?", sha256):
+        raise StackError(f"Row {number} of the stack: sha256 should be 64 hex digits.")
     clip = row.get("clip")
     return Row(
         row["lora"].strip(),
@@ -129,6 +161,8 @@ def _row(number: int, row: object) -> Row:
         None if clip is None else finite(clip, f"The CLIP strength of row {number}"),
         row.get("on", True),
         _schedule(number, row.get("start", 0.0), row.get("end", 1.0), row.get("schedule", [])),
+        _blocks(number, row.get("blocks", "")),
+        sha256.lower(),
     )
 
 
@@ -145,6 +179,16 @@ def _schedule(number: int, start: object, end: object, points: object) -> Schedu
     return Schedule(first, last, pairs)
 
 
+def _blocks(number: int, text: object) -> str:
+    if not isinstance(text, str):
+        raise StackError(f"Row {number} of the stack: blocks should be a text.", remedy="Write role:mlp=0.5, say.")
+    try:
+        parse_selectors(text)
+    except StackError as error:
+        raise StackError(f"Row {number} of the stack: {error.what}", remedy=error.remedy) from error
+    return text.strip()
+
+
 _TAG = re.compile(r"<lora:([^<>:]+)(?::([^<>:]*))?(?::([^<>:]*))?>")
 
 
@@ -154,16 +198,12 @@ def _from_tags(text: str) -> tuple[Row, ...]:
     return tuple(
         Row(
             name.strip(),
-            _number(strength, number) if strength else 1.0,
-            _number(clip, number) if clip else None,
+            _strength(strength, row) if strength else 1.0,
+            _strength(clip, row) if clip else None,
         )
-        for number, (name, strength, clip) in enumerate(_TAG.findall(text), 1)
+        for row, (name, strength, clip) in enumerate(_TAG.findall(text), 1)
     )
 
 
-def _number(text: str, row: int) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    return finite(value, f"A strength of tag {row}, '{shown(text)}',")
+def _strength(text: str, row: int) -> float:
+    return finite(decimal(text), f"A strength of tag {row}, '{shown(text)}',")

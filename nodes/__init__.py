@@ -7,13 +7,19 @@ appended; a changed meaning is a new node.
 from .host.api import ComfyExtension
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
 from .patching import LoraOpsApply
+from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
-NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords)
+NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords, LoraOpsScale)
 
 
 def extension() -> ComfyExtension:
     class LoraOps(ComfyExtension):
+        async def on_load(self):
+            from .host import routes  # imports the host's server, which only a running host has
+
+            routes.register()
+
         async def get_node_list(self):
             return list(NODES)
 

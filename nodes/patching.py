@@ -12,7 +12,7 @@ from .host import patching
 from .host.api import io
 from .host.graph import require_inputs
 from .sockets import lora_of
-from .widgets import STRENGTH, LoraModelType, min_coverage, mode, told
+from .widgets import STRAIGHT, STRENGTH, LoraModelType, min_coverage, mode, told
 
 
 class LoraOpsApply(io.ComfyNode):
@@ -32,7 +32,8 @@ class LoraOpsApply(io.ComfyNode):
                     "strength_model",
                     default=1.0,
                     **STRENGTH,
-                    tooltip="Factor on the model's update. 1 is as trained, 0 is none, below 0 is the opposite.",
+                    tooltip="Factor on the model's update. 1 is as trained, 0 is none, below 0 is the opposite. "
+                    f"{STRAIGHT}",
                 ),
                 io.Float.Input(
                     "strength_clip",

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..lora_ops.algebra import exact
 from ..lora_ops.errors import FileError, StackError, shown
 from ..lora_ops.files import TensorFile
-from ..lora_ops.lora import Lora, from_file
+from ..lora_ops.lora import Lora, from_file, split
 from ..lora_ops.stack import Row, finite
+from ..lora_ops.words import TriggerWords, trigger_words
 
 
 class LoraModel(dict[str, Tensor]):
-    """A LORA_MODEL that remembers its Lora: the file's own keys, with `.alpha` where core would read another scale."""
+    """A LORA_MODEL that remembers its Lora: the file's own keys, with `.alpha` where core would read another scale.
 
-    def __init__(self, file: TensorFile, lora: Lora) -> None:
+    words are its trigger words; without them, those of its metadata.
+    """
+
+    def __init__(self, file: TensorFile, lora: Lora, words: TriggerWords | None = None) -> None:
         super().__init__(file.tensors)
+        self.words = words or trigger_words(lora.metadata)
+        alphas = {module: key for key in file.tensors for module, factor in [split(key)] if factor == "alpha"}
         for module, adapter in lora.modules.items():
             if adapter.alpha is not None:
-                self[f"{module}.alpha"] = torch.tensor(adapter.scale * adapter.rank)
+                self.pop(alphas.get(module, ""), None)
+                stated = adapter.alpha / adapter.rank == adapter.scale
+                self[f"{module}.alpha"] = exact(adapter.alpha if stated else adapter.scale * adapter.rank)
         self._lora, self._made_of = lora, dict(self)
 
     @property
@@ -34,7 +43,7 @@ class LoraModel(dict[str, Tensor]):
 def lora_of(wire: Any) -> Lora:
     """The Lora on a LORA_MODEL wire, ours or another node's (core's Train LoRA).
 
-    Raises FileError for what is no dict of dense tensors, and for NaN or Inf.
+    Raises FileError for what is no dict of dense tensors by name, and for NaN or Inf.
     """
     if isinstance(wire, LoraModel) and wire.lora is not None:
         return wire.lora
@@ -42,6 +51,8 @@ def lora_of(wire: Any) -> Lora:
     if not isinstance(wire, Mapping):
         raise FileError(f"is a {type(wire).__name__}, not a dict of tensors.", file="LORA_MODEL", remedy=remedy)
     for name, tensor in wire.items():
+        if not isinstance(name, str):
+            raise FileError(f"has the key {shown(name)}, which is no name.", file="LORA_MODEL", remedy=remedy)
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
             kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
             raise FileError(f"'{shown(name)}' is a {kind}, not a dense tensor.", file="LORA_MODEL", remedy=remedy)
@@ -49,6 +60,11 @@ def lora_of(wire: Any) -> Lora:
             raise FileError(f"tensor '{shown(name)}' holds NaN or Inf.", file="LORA_MODEL", remedy="Train it again.")
     metadata = wire._lora.metadata if isinstance(wire, LoraModel) else {}
     return from_file(TensorFile("LORA_MODEL", dict(wire), metadata))
+
+
+def words_of(wire: Any) -> TriggerWords:
+    """The trigger words of the LoRA on a LORA_MODEL wire; other nodes put none there."""
+    return wire.words if isinstance(wire, LoraModel) else TriggerWords()
 
 
 def rows_of(wire: Any) -> tuple[Row, ...]:
@@ -67,11 +83,12 @@ def rows_of(wire: Any) -> tuple[Row, ...]:
 def require_tellable(rows: tuple[Row, ...]) -> None:
     """Raises StackError for a row that says more than the three values of a LORA_STACK row."""
     for row in rows:
-        if not row.schedule.constant:
-            what = f"'{shown(row.name)}' has a schedule, which LORA_STACK cannot carry."
+        more = "blocks" if row.blocks else "" if row.schedule.constant else "a schedule"
+        if more:
+            what = f"'{shown(row.name)}' has {more}, which LORA_STACK cannot carry."
             raise StackError(what, remedy="Put the row into the last stack, or disconnect the LORA_STACK output.")
 
 
-def wire_of(rows: tuple[Row, ...]) -> list[tuple[str, float, float]]:
+def wire_of(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
     """A LORA_STACK of the rows that are on."""
     return [(row.name, row.strengths["model"], row.strengths["clip"]) for row in rows if row.on]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 from ..lora_ops.errors import LoraOpsError
 from ..lora_ops.landing import land, require_coverage
 from ..lora_ops.receipt import receipt
-from ..lora_ops.report import joined, trigger_words
+from ..lora_ops.select import parse_selectors
 from ..lora_ops.stack import Entry, finite, parse
+from ..lora_ops.words import joined
 from .host import caches, names, patching
 from .host.api import io
 from .host.graph import in_use, require_inputs
 from .sockets import require_tellable, rows_of, wire_of
-from .widgets import LoraStackType, min_coverage, mode, told
+from .widgets import STRAIGHT, LoraStackType, min_coverage, mode, told
 
 
 class LoraOpsStack(io.ComfyNode):
@@ -32,10 +34,9 @@ class LoraOpsStack(io.ComfyNode):
                     multiline=True,
                     default="",
                     placeholder="<lora:style/ink:0.8>",
-                    tooltip="The LoRAs, one a line: <lora:style/ink:0.8>, or <lora:style/ink:0.8:0.6> (model, CLIP). "
-                    'Or JSON: {"version":1,"rows":[{"lora":"style/ink.safetensors","on":true,"strength":0.8,'
-                    '"clip":0.6}]}, where a row may have "start" and "end" (percent of sampling, 0 to 1) and '
-                    '"schedule" ([[percent, factor], …]).',
+                    tooltip="The LoRAs in order, with their strengths on the model and on CLIP. "
+                    f"As text: <lora:style/ink:0.8:0.6> lines, or JSON. {STRAIGHT}",
+                    extra_dict={"widgetType": "LORA_OPS_STACK"},
                 ),
                 io.Model.Input("model", optional=True, tooltip="The diffusion model; the input itself stays as it is."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),
@@ -59,7 +60,7 @@ class LoraOpsStack(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, stack=None):
         try:
-            return all(names.path_of(row.name) for row in parse(stack or "") if row.on)
+            return all(names.find(row.name, row.sha256) for row in parse(stack or "") if row.on)
         except LoraOpsError as error:
             return str(error)
 
@@ -68,7 +69,7 @@ class LoraOpsStack(io.ComfyNode):
         """A wired text or stack is None here: then any changed LoRA file counts."""
         if stack is None or "lora_stack" in inputs:
             return names.fingerprint_of_all()
-        return names.fingerprint([row.name for row in parse(stack) if row.on])
+        return names.fingerprint([(row.name, row.sha256) for row in parse(stack) if row.on])
 
     @classmethod
     def execute(cls, stack, min_coverage, mode, model=None, clip=None, lora_stack=None):
@@ -76,20 +77,32 @@ class LoraOpsStack(io.ComfyNode):
         rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
         if in_use(cls.hidden, 2):
             require_tellable(rows)
-        entries = [Entry(caches.load(row.name).lora, row.strengths, row.schedule) for row in rows]
+        meant = [names.find(row.name, row.sha256) for row in rows]
+        loaded = [caches.load(each.name, each.path) for each in meant]
+        entries = [
+            Entry(
+                each.lora,
+                row.strengths,
+                row.schedule,
+                parse_selectors(row.blocks),
+                found.asked,
+                caches.differs(each.path, row.sha256),
+            )
+            for row, found, each in zip(rows, meant, loaded, strict=True)
+        ]
         start = time.perf_counter()
         landing = land(entries, patching.targets(model, clip))
         if landing.parts:
             require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
-        words = joined(list(dict.fromkeys(word for entry in entries for word in trigger_words(entry.lora.metadata))))
+        words = [each.words() for each in loaded]
         model, clip, how = patching.applied(landing, mode, model, clip)
         found = receipt(landing, seconds, how)
         return io.NodeOutput(
             model,
             clip,
-            wire_of(rows),
-            words,
+            wire_of(replace(row, name=each.name) for row, each in zip(rows, meant, strict=True)),
+            joined(word for each in words for word in each.words),
             json.dumps(found.data, ensure_ascii=False),
-            ui=told(found.data, found.text),
+            ui=told(found.data, "\n".join([found.text, *(fault for each in words for fault in each.faults)])),
         )

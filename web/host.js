@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
 
 const PREFIX = "LoraOps"; // of every node id of ours
-const WIDTH = 400; // px of a new node: what most lines of a receipt need
+const WIDTH = 440; // px of a new node: what most lines of a receipt need, and a row of a stack
 
 /**
  * Calls begun(node) when a run begins, told(node, text, json) when one of our nodes has told something in it and
@@ -46,6 +46,68 @@ export function watchRuns({ begun, told, failed }) {
 }
 
 /**
+ * Draws the inputs that ask for this type of widget with editors: make(node, page) returns one, which has an element
+ * (its style.minHeight makes the node grow), a value (a text) that is saved and sent in its place, fixed where more
+ * height is of no use, and wired, which is set when the value comes over a wire. page is what the editor may ask and
+ * tell. refreshed(node) hears that the user had the server's files listed again.
+ */
+export function drawInputs(type, make, refreshed) {
+  app.registerExtension({
+    name: `lora_ops.${type}`,
+    getCustomWidgets: () => ({ [type]: (node, name, spec) => ({ widget: addEditor(node, name, type, make, spec[1]) }) }),
+    loadedGraphNode: (node) => isOurs(node) && node.widgets.forEach((each) => each.element && takePlace(node, each.element)),
+    refreshComboInNodes: () => everyNode().filter(isOurs).forEach(refreshed),
+  });
+}
+
+function addEditor(node, name, type, make, { default: value = "" }) {
+  const editor = make(node, {
+    names: listLoras,
+    info: describeLora,
+    changed: () => {
+      widget.callback?.(editor.value);
+      redraw(node);
+    },
+    settled: () => app.extensionManager.workflow.activeWorkflow?.changeTracker?.captureCanvasState(),
+    redrawn: () => redraw(node),
+    resized: (change) => node.setSize([node.size[0], Math.max(node.computeSize()[1], node.size[1] + change)]),
+  });
+  const getMinHeight = () => parseFloat(editor.element.style.minHeight) + 2 * widget.margin;
+  const widget = node.addDOMWidget(name, type, editor.element, {
+    hideInPanel: true,
+    getMinHeight,
+    getMaxHeight: () => (editor.fixed ? getMinHeight() : undefined),
+    getValue: () => editor.value,
+    setValue: (text) => (editor.value = typeof text === "string" ? text : JSON.stringify(text)), // an object of an API's user
+  });
+  widget.value = value;
+  const wire = () => (editor.wired = Boolean(node.inputs?.some((slot) => slot.widget?.name === name && slot.link != null)));
+  chain(node, "onConnectionsChange", wire);
+  chain(node, "onConfigure", wire);
+  chain(node, "onResize", () => redraw(node)); // the host resizes while it draws, too late for that frame
+  letTextBeUsed(editor.element);
+  return widget;
+}
+
+/** The names of the server's LoRA files. */
+async function listLoras() {
+  const answer = await api.fetchApi("/models/loras");
+  if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
+  return answer.json();
+}
+
+/** What the server tells of the LoRA file of this name or else of this sha256, null where it does not. */
+async function describeLora(name, sha256) {
+  try {
+    const query = new URLSearchParams(sha256 ? { name, sha256 } : { name });
+    const answer = await api.fetchApi(`/lora_ops/lora?${query}`);
+    return answer.ok ? await answer.json() : null;
+  } catch {
+    return null;
+  }
+}
+
+/**
  * Puts an element below the node's widgets, in either renderer; its style.minHeight makes the node grow. It belongs
  * to the page alone: neither the saved workflow nor the prompt knows of it. Such a widget must be the last, or values
  * are restored to the wrong inputs.
@@ -60,6 +122,17 @@ export function addBelow(node, name, element) {
     if (widget.computedHeight <= getMinHeight()) size[1] = Math.min(size[1], height); // else the user made it taller
   });
   letTextBeUsed(element);
+  takePlace(node, element);
+}
+
+/**
+ * Nodes 2.0 goes on showing the element of a node that is gone where another has been loaded under its id (by undo, or
+ * with another workflow): puts the new one there.
+ */
+function takePlace(node, element) {
+  if (node.graph !== app.canvas.graph) return;
+  const shown = document.querySelector(`[data-node-id="${node.id}"] .${element.classList[0]}`);
+  if (shown && shown !== element) shown.replaceWith(element);
 }
 
 export function redraw(node) {
@@ -74,7 +147,8 @@ function letTextBeUsed(element) {
   });
   element.addEventListener("wheel", (event) => {
     event.stopPropagation();
-    const scrolls = element.scrollHeight > element.clientHeight && Math.abs(event.deltaY) > Math.abs(event.deltaX);
+    const box = event.target.closest("textarea") ?? element;
+    const scrolls = box.scrollHeight > box.clientHeight && Math.abs(event.deltaY) > Math.abs(event.deltaX);
     if (!scrolls || event.ctrlKey || event.metaKey) forward(event);
   });
 }
@@ -82,6 +156,10 @@ function letTextBeUsed(element) {
 function forward(event) {
   event.preventDefault();
   app.canvas.canvas.dispatchEvent(new event.constructor(event.type, event));
+}
+
+function everyNode() {
+  return [app.rootGraph, ...app.rootGraph.subgraphs.values()].flatMap((graph) => graph.nodes);
 }
 
 function isOurs(node) {

@@ -1,5 +1,6 @@
 /** The receipt on a node: what its last run told, or why it failed, as text. */
 
+import { element } from "./dom.js";
 import { addBelow, redraw } from "./host.js";
 
 const NAME = "lora_ops_receipt";
@@ -38,8 +39,8 @@ function receiptOn(node) {
 
 class Receipt {
   #json = "";
-  #lines = element("div", "lines");
-  #root = element("div", NAME);
+  #lines = element("div", { className: "lines" });
+  #root = element("div", { className: NAME });
 
   constructor(node) {
     this.#root.tabIndex = 0; // for scrolling with the keyboard
@@ -64,29 +65,19 @@ class Receipt {
   }
 
   #corner() {
-    const corner = element("div", "corner");
-    const button = element("button", "", "JSON");
-    button.title = "Copy this as JSON";
+    const button = element("button", { title: "Copy this as JSON" }, "JSON");
     button.addEventListener("click", async () => {
       button.textContent = (await copied(this.#json)) ? "copied" : "failed";
       setTimeout(() => (button.textContent = "JSON"), 1500);
     });
-    corner.append(element("span", "age", "earlier run"), button);
-    return corner;
+    return element("div", { className: "corner" }, element("span", { className: "age" }, "earlier run"), button);
   }
 }
 
 /** A line that wraps under its own text, not under its mark. */
 function row(line, tone) {
-  const found = element("div", tone, line);
+  const found = element("div", { className: tone }, line);
   found.style.setProperty("--hang", `${line.match(/^ *([✓!] )?/)[0].length}ch`);
-  return found;
-}
-
-function element(tag, className, text = "") {
-  const found = document.createElement(tag);
-  found.className = className;
-  found.textContent = text;
   return found;
 }
 
@@ -98,18 +89,9 @@ async function copied(text) {
       () => false,
     );
   }
-  const field = document.body.appendChild(element("textarea", ""));
-  field.value = text;
+  const field = document.body.appendChild(element("textarea", { value: text }));
   field.select();
   const done = document.execCommand("copy");
   field.remove();
   return done;
-}
-
-/** Called before there is a receipt: text that is measured without its style makes a node too tall. */
-export function style() {
-  const link = document.createElement("link");
-  link.rel = "stylesheet";
-  link.href = new URL("./receipt.css", import.meta.url).href;
-  document.head.append(link);
 }

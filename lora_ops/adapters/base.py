@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from .. import algebra
+from ..errors import AdapterError, ShapeError
+
 
 class Adapter(ABC):
-    """The change one LoRA makes to one weight: named factors, a scale and a delta.
+    """The change one LoRA makes to one weight: named factors and what becomes of the weight.
 
-    Adapters are values: none of their tensors is ever written to.
+    Adapters are values: none of their tensors is ever written to. What becomes of a weight that others have changed is
+    the law of the two kinds below: an Additive adds the same to any weight, a Transform looks at the weight in hand.
     """
 
     ALGEBRA: ClassVar[str]  # its name in receipts
@@ -26,29 +30,29 @@ class Adapter(ABC):
     @property
     @abstractmethod
     def rank(self) -> int:
-        """How many directions the update has at most."""
+        """What alpha is divided by: the inner dimension of the factors, the trainers' `dim`."""
 
     @property
-    @abstractmethod
     def scale(self) -> float:
-        """What the product of the factors is multiplied with before the user's strength."""
+        """What the product of the factors is multiplied with before the user's strength: alpha / rank.
+
+        1 where a file names no alpha, as in diffusers and ComfyUI; an alpha of 0 means "alpha = rank" to the trainers
+        that write it (kohya, LyCORIS).
+        """
+        return 1.0 if not self.alpha else self.alpha / self.rank
 
     @classmethod
-    @abstractmethod
-    def build(cls, factors: Mapping[str, Tensor]) -> Self:
+    def build(cls, factors: Mapping[str, Tensor]) -> Adapter:
         """From factors by name. Raises ShapeError or AdapterError if they do not fit each other."""
+        raise AdapterError(f"is {cls.ALGEBRA}, which no factors make alone")
 
     @abstractmethod
     def require_fit(self, shape: tuple[int, ...]) -> None:
-        """Raises ShapeError unless the delta fits a weight (or band) of this shape; multiplies nothing."""
+        """Raises ShapeError unless the adapter fits a weight (or band) of this shape; multiplies nothing."""
 
     @abstractmethod
-    def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """ΔW at strength 1 for a weight (or band) of this shape, computed in dtype."""
-
     def add_(self, rows: Tensor, strength: float) -> None:
-        """Add strength · ΔW to a weight (or band) in place, computed in its dtype."""
-        rows += strength * self.delta(tuple(rows.shape), rows.dtype)
+        """Change a weight (or band) in place: not at all at strength 0, wholly at 1, else on the line through both."""
 
     @classmethod
     def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
@@ -57,21 +61,121 @@ class Adapter(ABC):
 
     @abstractmethod
     def packed(self) -> tuple[Any, ...]:
-        """The arguments that make this adapter again: tensors and numbers."""
+        """The adapter as tensors, numbers and classes, in tuples: what movers of tensors can walk."""
+
+    @classmethod
+    def unpacked(cls, packed: tuple[Any, ...]) -> Self:
+        """The inverse of packed."""
+        return cls(*packed)
 
     @abstractmethod
-    def energy(self) -> float:
-        """‖ΔW‖² at strength 1 (Frobenius)."""
+    def energy(self) -> float | None:
+        """‖ΔW‖² at strength 1 (Frobenius); None where only the weight could tell."""
 
     @property
     @abstractmethod
     def idle(self) -> bool:
-        """True where ΔW is zero: an untrained module, or the zero tail of an interrupted download."""
+        """True where nothing changes: an untrained module, or the zero tail of an interrupted download."""
 
     @property
     @abstractmethod
     def swapped(self) -> Self:
-        """The adapter whose delta has the two halves of its rows exchanged; the same object every time."""
+        """The adapter for a weight whose two halves of rows are exchanged; the same object every time.
+
+        Raises AdapterError where the factors do not split by rows.
+        """
+
+    def narrowed(self, start: int, length: int) -> Self:
+        """The adapter that does to these rows what this one does to them; the same object every time.
+
+        Raises AdapterError where the factors do not split by rows.
+        """
+        raise AdapterError(f"is {self.ALGEBRA}, which cannot be cut", remedy="Select whole weights.")
+
+    def scaled(self, rows: Tensor) -> Mapping[str, Tensor]:
+        """The factors, by name, that make row r of the delta rows[r] (float64; one number: every row) times as large.
+
+        In their own dtype where that is exact, else rounded once to float32. Raises AdapterError where there are none.
+        """
+        raise AdapterError(
+            f"is {self.ALGEBRA}, which cannot be scaled",
+            remedy="Set strength and blocks where it is applied: in LoRA Stack or Apply LoRA.",
+        )
+
+
+class Additive(Adapter):
+    """An adapter that adds the same ΔW to any weight: the order of such does not matter."""
+
+    @abstractmethod
+    def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW at strength 1 for a weight (or band) of this shape, computed in dtype."""
+
+    def add_(self, rows: Tensor, strength: float) -> None:
+        rows += strength * self.delta(tuple(rows.shape), rows.dtype)
+
+    def product(self) -> Product | None:
+        """ΔW / scale in factors that an input can go through one by one; None where only the whole ΔW serves."""
+        return None
+
+    @abstractmethod
+    def energy(self) -> float: ...
+
+
+class Transform(Adapter):
+    """An adapter whose change depends on the weight in hand, with all that came before it in the stack."""
+
+    @abstractmethod
+    def changed(self, weight: Tensor) -> Tensor:
+        """What a weight (or band) becomes at strength 1: a tensor of its own, computed in the weight's dtype."""
+
+    def add_(self, rows: Tensor, strength: float) -> None:
+        """W + strength · (W' - W), in float32 at least: norms and inverses need it."""
+        weight = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows.copy_(torch.lerp(weight, self.changed(weight), strength))
+
+    def energy(self) -> None:
+        return None
 
 
 Term = tuple[Adapter, float]  # an adapter and its strength
+
+
+class Product(NamedTuple):
+    """left ⊗ (up · down): down first, then up if there is one, then left if there is one."""
+
+    down: Tensor  # (rank, in·kernel…)
+    up: Tensor | None = None  # (out, rank)
+    left: Tensor | None = None  # (outer out, outer in)
+
+
+def require_matrices(factors: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError or ShapeError unless every factor but alpha is of a float type, and a matrix at least."""
+    require_floats(factors)
+    for name, factor in factors.items():
+        if name != "alpha" and (factor.ndim < 2 or 0 in factor.shape):
+            raise ShapeError(f"{name} has the shape {tuple(factor.shape)}, which is no matrix")
+
+
+def require_shape(found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises ShapeError unless an update of a shape fits a weight, however either keeps a kernel of ones."""
+    weight = (*expected[:1], expected[1] if len(expected) > 1 else 1, *algebra.kernel(expected[2:]))
+    update = (*found[:2], *algebra.kernel(found[2:]))
+    if update != weight:
+        raise ShapeError(f"makes an update of {found}, the weight has {expected}", found=found, expected=expected)
+
+
+def require_floats(factors: Mapping[str, Tensor]) -> None:
+    """Raises AdapterError for a factor, other than alpha, that is of no float type."""
+    for name, factor in factors.items():
+        if name != "alpha" and not factor.is_floating_point():
+            raise AdapterError(f"{name} is {factor.dtype}, not a float type", remedy="Convert the file.")
+
+
+def alpha_of(factors: Mapping[str, Tensor]) -> float | None:
+    """The alpha among factors, None if there is none. Raises ShapeError if it is no single number."""
+    tensor = factors.get("alpha")
+    if tensor is None:
+        return None
+    if tensor.numel() != 1 or tensor.is_complex():
+        raise ShapeError(f"alpha has the shape {tuple(tensor.shape)}, it should be one number")
+    return float(tensor)

@@ -1,7 +1,7 @@
-"""LoRA: ΔW = scale · up · down, for linear and convolution weights.
+"""LoRA: ΔW = scale · up · down, for linear and convolution weights, with LoCon's Tucker form up · mid · down.
 
 Hu et al. 2021 (https://arxiv.org/abs/2106.09685); convolutions as in kohya's LoCon and PEFT: the kernel stays
-in `down`, `up` is 1×1. Scale is alpha / rank; where a file names no alpha it is 1, as in diffusers and ComfyUI.
+in `down`, `up` is 1×1. LyCORIS' Tucker form (use_tucker, https://arxiv.org/abs/2309.14859) has it in `mid`.
 """
 
 from __future__ import annotations
@@ -16,82 +16,97 @@ from torch import Tensor
 from typing_extensions import Self
 
 from .. import algebra
-from ..errors import AdapterError, ShapeError
-from .base import Adapter, Term
+from ..errors import ShapeError
+from .base import Additive, Product, Term, alpha_of, require_matrices, require_shape
+
+WIDE = 32  # measured with `python -m bench apply`
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank(Adapter):
+class LowRank(Additive):
     ALGEBRA = "LoRA"
     REQUIRED = frozenset({"up", "down"})
-    OPTIONAL = frozenset({"alpha"})
+    OPTIONAL = frozenset({"mid", "alpha"})
 
     up: Tensor  # (out, rank, 1…)
-    down: Tensor  # (rank, in, kernel…)
+    down: Tensor  # (rank, in, kernel…); (rank, in, 1…) with a mid
     alpha: float | None = None
+    mid: Tensor | None = None  # (rank, rank, kernel…)
 
     @classmethod
     def build(cls, factors: Mapping[str, Tensor]) -> Self:
-        up, down = factors["up"], factors["down"]
-        for name, factor in (("up", up), ("down", down)):
-            if not factor.is_floating_point():
-                raise AdapterError(f"{name} is {factor.dtype}, not a float type", remedy="Convert the file.")
-            if factor.ndim < 2 or 0 in factor.shape:
-                raise ShapeError(f"{name} has the shape {tuple(factor.shape)}, which is no matrix")
+        require_matrices(factors)
+        up, down, mid = factors["up"], factors["down"], factors.get("mid")
         if up.shape[1] != down.shape[0] or math.prod(up.shape[2:]) != 1:
             raise ShapeError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not share one rank")
-        return cls(up, down, _alpha(factors.get("alpha")))
+        if mid is not None and (mid.shape[:2] != (up.shape[1],) * 2 or math.prod(down.shape[2:]) != 1):
+            raise ShapeError(f"mid {tuple(mid.shape)} is no core for up {tuple(up.shape)} and down {tuple(down.shape)}")
+        return cls(up, down, alpha_of(factors), mid)
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
-    @property
-    def scale(self) -> float:
-        """alpha / rank; an alpha of 0 means "alpha = rank" to the trainers that write it (kohya, LyCORIS)."""
-        return 1.0 if not self.alpha else self.alpha / self.rank
-
     def require_fit(self, shape: tuple[int, ...]) -> None:
-        rows, inputs, kernel = shape[0], shape[1] if len(shape) > 1 else 1, shape[2:]
-        fits = self.up.shape[0] == rows and self.down.shape[1] == inputs
-        # A 1×1 kernel is written as a matrix by some trainers and read as one by others.
-        if not fits or _kernel(self.down.shape[2:]) != _kernel(kernel):
-            found = (self.up.shape[0], *self.down.shape[1:])
-            raise ShapeError(f"makes an update of {found}, the weight has {shape}", found=found, expected=shape)
+        core = self.down if self.mid is None else self.mid
+        found = (self.up.shape[0], self.down.shape[1], *core.shape[2:])
+        flat = found[1:] == (math.prod(shape[1:]),)  # as core's Train LoRA writes kernels
+        require_shape(found, (shape[0], *found[1:]) if flat else shape)
 
     def delta(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return (self.scale * algebra.product(self.up.to(dtype), self.down.to(dtype))).reshape(shape)
+        return (self.scale * algebra.product(self.up.to(dtype), self._inner(dtype).to(dtype))).reshape(shape)
 
     def add_(self, rows: Tensor, strength: float) -> None:
         """In one pass over the weight: the product is never built."""
         flat = rows.reshape(rows.shape[0], -1)
-        up, down, factor = self.up.flatten(1), self.down.flatten(1), strength * self.scale
         if rows.dtype.itemsize < 4:  # there a scaled factor would be rounded more than the sum is
-            flat.addmm_(up.to(rows.dtype), down.to(rows.dtype), alpha=factor)
+            up, down = self.up.flatten(1).to(rows.dtype), self._inner(rows.dtype).to(rows.dtype)
+            flat.addmm_(up, down, alpha=strength * self.scale)
         else:
-            flat.addmm_(algebra.scaled(up, factor, rows.dtype), down.to(rows.dtype))
+            flat.addmm_(*self._scaled(strength, rows.dtype))
         if flat.data_ptr() != rows.data_ptr():  # memory that cannot be seen as a matrix (channels last)
             rows.copy_(flat.reshape(rows.shape))
 
     @classmethod
     def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
-        """One LoRA of all the ranks: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …], scales and strengths in up."""
-        if len(terms) < 2:
-            return terms
-        pairs = [(adapter, strength) for adapter, strength in terms if isinstance(adapter, LowRank)]
-        up = torch.cat([algebra.scaled(a.up.flatten(1), a.scale * s, dtype) for a, s in pairs], dim=1)
-        down = torch.cat([a.down.flatten(1).to(dtype) for a, _ in pairs])
-        return [(cls(up, down), 1.0)]
+        """Small ranks as one LoRA: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …].
 
-    def packed(self) -> tuple[Tensor, Tensor, float | None]:
-        return self.up, self.down, self.alpha
+        One pass over the weight instead of several; from rank WIDE on, the multiplication takes longer than the pass
+        that joining would save, and the joined copy costs more than it.
+        """
+        small = [(a, s) for a, s in terms if isinstance(a, LowRank) and a.rank < WIDE]
+        if len(small) < 2:
+            return terms
+        ups, downs = zip(*(adapter._scaled(strength, dtype) for adapter, strength in small), strict=True)
+        joined = cls(torch.cat(ups, dim=1), torch.cat(downs))
+        return [(joined, 1.0), *(term for term in terms if term[0].rank >= WIDE)]
+
+    def _scaled(self, strength: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """up and down as matrices in dtype, scale and strength in the smaller of them."""
+        up, down, factor = self.up.flatten(1), self._inner(dtype), strength * self.scale
+        if up.numel() < down.numel():
+            return algebra.scaled(up, factor, dtype), down.to(dtype)
+        return up.to(dtype), algebra.scaled(down, factor, dtype)
+
+    def _inner(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All below up as a matrix: down in its own dtype, or a mid folded into it in this one, in float32 at least."""
+        if self.mid is None:
+            return self.down.flatten(1)
+        wide = torch.promote_types(dtype, torch.float32)
+        return algebra.folded(self.mid.to(wide), self.down.to(wide)).flatten(1)
+
+    def product(self) -> Product:
+        return Product(self._inner(), self.up.flatten(1))
+
+    def packed(self) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
+        return self.up, self.down, self.alpha, self.mid
 
     def energy(self) -> float:
-        return self.scale**2 * algebra.energy(self.up, self.down)
+        return self.scale**2 * algebra.energy(self.up, self._inner())
 
     @property
     def idle(self) -> bool:
-        return not (self.up.any() and self.down.any())
+        return _zero(self.up) or _zero(self.down) or (self.mid is not None and _zero(self.mid))
 
     @property
     def swapped(self) -> Self:
@@ -101,14 +116,17 @@ class LowRank(Adapter):
     def _swapped(self) -> Self:
         return replace(self, up=algebra.swap_halves(self.up))
 
+    def narrowed(self, start: int, length: int) -> Self:
+        return self._narrowed.setdefault((start, length), replace(self, up=self.up.narrow(0, start, length)))
 
-def _kernel(shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
-    return () if math.prod(shape) == 1 else tuple(shape)
+    @cached_property
+    def _narrowed(self) -> dict[tuple[int, int], Self]:
+        return {}
+
+    def scaled(self, rows: Tensor) -> Mapping[str, Tensor]:
+        return {"up": algebra.scaled_rows(self.up, rows)}
 
 
-def _alpha(tensor: Tensor | None) -> float | None:
-    if tensor is None:
-        return None
-    if tensor.numel() != 1 or tensor.is_complex():
-        raise ShapeError(f"alpha has the shape {tuple(tensor.shape)}, it should be one number")
-    return float(tensor)
+def _zero(factor: Tensor) -> bool:
+    """Whether all of it is zero; its beginning tells mostly that it is not."""
+    return not factor[:1].any() and not factor.any()

@@ -7,12 +7,46 @@ the Family in `FAMILIES` below; put a key -> shape listing of the real model in 
 
 from __future__ import annotations
 
-from .base import Component, Family, Place, Shapes, identical, under
-from .flux import FLUX
-from .text import CLIP_G, CLIP_L, T5_SECOND
-from .unet import SD15, SDXL
+from .anima import ANIMA
+from .base import DENOISER, ROLES, Component, Family, Place, Shapes, identical, under
+from .cascade import CASCADE_B, CASCADE_C, WUERSTCHEN
+from .flux import CHROMA, FLUX, FLUX2, FLUX2_KLEIN
+from .hunyuan_video import HUNYUAN_VIDEO
+from .kandinsky import KANDINSKY_DECODER, KANDINSKY_PRIOR
+from .kandinsky5 import KANDINSKY5
+from .language import GEMMA2, LLAMA, QWEN3_06B, QWEN3_4B, QWEN25_VL
+from .ltx import LTX
+from .lumina2 import LUMINA2, Z_IMAGE
+from .qwen_image import QWEN_IMAGE
+from .sd3 import SD3, SD35_MEDIUM
+from .text import CLIP_G, CLIP_H, CLIP_L, T5_SECOND, UMT5
+from .unet import SD2, SD15, SDXL
+from .wan import WAN
 
-FAMILIES: tuple[Family, ...] = (SD15, SDXL, FLUX)
+FAMILIES: tuple[Family, ...] = (
+    SD15,
+    SD2,
+    SDXL,
+    SD3,
+    SD35_MEDIUM,
+    FLUX,
+    FLUX2,
+    FLUX2_KLEIN,
+    CHROMA,
+    HUNYUAN_VIDEO,
+    CASCADE_C,
+    CASCADE_B,
+    WUERSTCHEN,
+    KANDINSKY_PRIOR,
+    KANDINSKY_DECODER,
+    WAN,
+    QWEN_IMAGE,
+    Z_IMAGE,
+    LUMINA2,
+    KANDINSKY5,
+    ANIMA,
+    LTX,
+)
 
 # A model that no table knows still has its own names, and the text encoders it shares with others.
 UNKNOWN = Family(
@@ -24,11 +58,18 @@ UNKNOWN = Family(
             places=lambda shapes: (place._replace(diffusers=None) for place in identical(shapes)),
             published=dict,
             sources=("diffusion_model.", "model.diffusion_model."),
-            prefixes={"comfy": ("diffusion_model.",), "kohya": ("lora_unet_",)},
+            prefixes=DENOISER,
         ),
         CLIP_L,
         CLIP_G,
+        CLIP_H,
         T5_SECOND,
+        UMT5,
+        LLAMA,
+        QWEN3_06B,
+        QWEN3_4B,
+        QWEN25_VL,
+        GEMMA2,
     ),
     recognises=lambda shapes: False,
 )
@@ -46,9 +87,9 @@ def recognise(shapes: Shapes) -> Family:
             if component.part == "model" and family.recognises(inside):
                 return family
         encoders = {component.sources for component in family.components if component.part == "clip"}
-        if not denoiser and present == encoders:
+        if encoders and not denoiser and present == encoders:
             return family
     return UNKNOWN
 
 
-__all__ = ["FAMILIES", "UNKNOWN", "Component", "Family", "Place", "Shapes", "recognise", "under"]
+__all__ = ["FAMILIES", "ROLES", "UNKNOWN", "Component", "Family", "Place", "Shapes", "recognise", "under"]

@@ -20,6 +20,7 @@ class Place(NamedTuple):
     diffusers: str | None
     band: Band | None = None
     swap: bool = False
+    processor: str | None = None  # where its LoRA hangs on a block's processor under a name of its own (x-flux)
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,77 @@ class Component:
     places: Callable[[Shapes], Iterable[Place]]
     published: Callable[[], Shapes]  # the weights of the published model
     sources: tuple[str, ...]  # prefixes in state dicts and checkpoints, the host's own first
-    prefixes: Mapping[str, tuple[str, ...]]  # prefixes in LoRA files, by the Dialect's `prefix`
+    prefixes: Mapping[str, tuple[str, ...]]  # in LoRA files, by the Dialect's `prefix`; the first is the one we write
+
+    def role(self, place: Place, shape: tuple[int, ...]) -> str:
+        """What a place does: one of ROLES."""
+        if self.part == "clip":
+            return "text"
+        if len(shape) == 1:
+            return "norm"
+        for name in (place.key, place.diffusers or ""):
+            for role, pattern in _SIGNS:
+                if pattern.search(name):
+                    return role
+        return "conv" if len(shape) > 2 else "mlp"
 
 
-@dataclass(frozen=True)
+ROLES = ("attn", "cross-attn", "mlp", "norm", "embed", "conv", "text")
+
+# Signs of a role in a weight's key (else in its diffusers name), the first that is found; embed is all that leads into
+# the blocks or out of them. A matrix without a sign is mlp, as are FLUX's fused matrices where no name splits them: the
+# mlp has most of their rows.
+_SIGNS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (role, re.compile(pattern))
+    for role, pattern in (
+        ("norm", r"norm|modulation|_mod\.|adaln"),
+        ("mlp", r"linear2\.|qkv_mlp"),
+        ("embed", r"embed|_emb\b|emb_layers|patchify|mapper|guidance_layer|(time|vector|guidance)_(in|proj\w*)\b"),
+        ("cross-attn", r"(?<!x_block\.)attn2|cross_?att"),  # SD3's attn2 is of the picture with itself
+        ("attn", r"attn|attention\b|\.proj_(in|out)\b"),
+        ("mlp", r"mlp|\bff|feed_?forward"),
+        ("embed", r"^(img|txt)_in\b|conv_in|conv_out|^input_blocks\.0\.|^out\.2\.|final_layer|^proj_out\b|^head\b"),
+    )
+)
+
+# Prefixes of a denoiser's modules in LoRA files, the same for every family: names are looked up, so a prefix that no
+# trainer of a family writes costs nothing, and one that a new trainer takes over from another is already understood.
+DENOISER: Mapping[str, tuple[str, ...]] = {
+    "comfy": ("diffusion_model.", "model.diffusion_model."),
+    # Stable Cascade's prior; HunyuanVideo-I2V's own trainer
+    "kohya": ("lora_unet_", "lora_prior_unet_", "Hunyuan_video_I2V_lora_"),
+    "onetrainer": ("lora_transformer_",),
+    "lycoris": ("lycoris_",),
+    # The second kind comes from scripts that put their component's name before a name that has it already.
+    "diffusers": ("transformer.", "unet.", "transformer.transformer.", "unet.unet."),
+    "processor": ("unet.", "", "diffusion_model."),
+    "peft": (
+        "base_model.model.",
+        "unet.base_model.model.",
+        "transformer.base_model.model.",
+        "base_model.model.unet.",
+        "base_model.model.transformer.",
+        "base_model.model.diffusion_model.",
+        "diffusion_model.base_model.model.",
+    ),
+    "bare": ("",),  # DiffSynth, OneTrainer's original layout, XLabs, Black Forest Labs
+}
+
+
+def denoiser(
+    places: Callable[[Shapes], Iterable[Place]], published: Callable[[], Shapes], pipe: str = "transformer"
+) -> Component:
+    """The network of a family that LoRAs are mostly for, where hosts and checkpoints keep it.
+
+    pipe is what diffusers' pipelines call it; that name comes first in their dialect.
+    """
+    own = f"{pipe}."
+    others = (prefix for prefix in DENOISER["diffusers"] if prefix != own)
+    prefixes = {**DENOISER, "diffusers": (own, *others)}
+    return Component("model", places, published, ("diffusion_model.", "model.diffusion_model.", ""), prefixes)
+
+
+@dataclass(frozen=True, eq=False)
 class Family:
     """A kind of model: its components, and how to tell it by its denoiser's shapes (keys without prefix)."""
 
@@ -68,26 +136,33 @@ class Naming(NamedTuple):
     """A pattern of a name table; `{}` stands for a block's number.
 
     With several diffusers names the weight is fused: each name takes a band as long as the weight is wide,
-    the last takes what is left (q, k, v; or q, k, v and the mlp).
+    the last takes what is left (q, k, v and the mlp). Of three, q, k and v, the last two share what is left: grouped
+    queries have fewer keys and values.
     """
 
     native: str
     diffusers: tuple[str, ...]
     swap: bool = False
+    original: str | None = None  # in the authors' own code, where the host has renamed it
 
 
 def table(rows: Sequence[Naming]) -> Callable[[Shapes], Iterator[Place]]:
-    """The `places` of a component whose names follow these rows; other weights keep their native name only."""
-    patterns = {row.native: row for row in rows}
+    """The `places` of a component whose names follow these rows; other weights keep their native name only.
+
+    The model in hand may bear the host's names or the authors' own: it answers to both.
+    """
+    patterns = {name: row for row in rows for name in (row.native, row.original) if name}
 
     def places(shapes: Shapes) -> Iterator[Place]:
         for key, shape in shapes.items():
             if key.endswith(".weight"):
-                native = key.removesuffix(".weight")
-                row = patterns.get(native) or patterns.get(_NUMBER.sub("{}", native, count=1))
-                number = _NUMBER.search(native)
-                names = [name.format(number and number[0]) for name in row.diffusers] if row else []
-                yield from placed(key, native, names, shape, swap=bool(row and row.swap))
+                name = key.removesuffix(".weight")
+                row = patterns.get(name) or patterns.get(_NUMBER.sub("{}", name, count=1)) or Naming(name, ())
+                number = (_NUMBER.search(name) or [None])[0]
+                names = [diffusers.format(number) for diffusers in row.diffusers]
+                yield from placed(key, row.native.format(number), names, shape, swap=row.swap)
+                if row.original:
+                    yield Place(key, row.original.format(number), None)
 
     return places
 
@@ -107,10 +182,15 @@ def placed(
     if swap:
         yield Place(key, None, names[0], swap=True)
         return
-    width = shape[1]
+    start, width = 0, shape[1]
     for number, name in enumerate(names):
-        length = width if number < len(names) - 1 else shape[0] - number * width
-        yield Place(key, None, name, Band(number * width, length))
+        left = shape[0] - start
+        if number == len(names) - 1:
+            width = left
+        elif len(names) == 3 and number == 1:
+            width = left // 2
+        yield Place(key, None, name, Band(start, width))
+        start += width
 
 
 def identical(shapes: Shapes) -> Iterator[Place]:
@@ -119,6 +199,12 @@ def identical(shapes: Shapes) -> Iterator[Place]:
         if key.endswith(".weight"):
             name = key.removesuffix(".weight")
             yield Place(key, name, name)
+
+
+def layer(name: str, *shape: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    """The weights of one layer: (out, in, kernel…) of a matrix, (width,) of a norm."""
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": shape}
+    return {**weight, f"{name}.bias": shape[:1]} if bias else weight
 
 
 def under(shapes: Shapes, prefix: str) -> Shapes:

@@ -1,4 +1,4 @@
-"""The UNet of Stable Diffusion 1.5 and XL: native (CompVis) and diffusers names."""
+"""The UNet of Stable Diffusion 1.5, 2 and XL: native (CompVis) and diffusers names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 
-from .base import Component, Family, Place, Shapes, placed
-from .text import CLIP_G, CLIP_L, CLIP_L_ALONE
+from .base import Family, Place, Shapes, denoiser, placed
+from .text import CLIP_G, CLIP_H, CLIP_L, CLIP_L_ALONE
 
 _RESNET = {
     "in_layers.0": "norm1",
@@ -179,46 +179,44 @@ def _context(shapes: Shapes) -> int | None:
     return next((shape[1] for key, shape in shapes.items() if key.endswith(".attn2.to_k.weight")), None)
 
 
-def _unet(published: partial[Shapes]) -> Component:
-    return Component(
-        part="model",
-        places=_places,
-        published=published,
-        sources=("diffusion_model.", "model.diffusion_model.", ""),
-        prefixes={
-            "comfy": ("diffusion_model.",),
-            "kohya": ("lora_unet_",),
-            "diffusers": ("unet.",),
-            "processor": ("unet.", ""),
-            "peft": ("base_model.model.",),
-        },
-    )
-
+_sd_shapes = partial(shapes, multipliers=(1, 2, 4, 4), depths=(1, 1, 1, 0), middle_depth=1)
 
 SD15 = Family(
     "sd15",
     "Stable Diffusion 1.5",
     components=(
-        _unet(
-            partial(
-                shapes,
-                multipliers=(1, 2, 4, 4),
-                depths=(1, 1, 1, 0),
-                middle_depth=1,
-                context=768,
-                linear_projection=False,
-            )
+        denoiser(
+            _places,
+            partial(_sd_shapes, context=768, linear_projection=False),
+            "unet",
         ),
         CLIP_L_ALONE,
     ),
     recognises=lambda shapes: _context(shapes) == 768 and "label_emb.0.0.weight" not in shapes,
 )
 
+SD2 = Family(
+    "sd2",
+    "Stable Diffusion 2",
+    components=(
+        denoiser(
+            _places,
+            partial(_sd_shapes, context=1024, linear_projection=True),
+            "unet",
+        ),
+        CLIP_H,
+    ),
+    recognises=lambda shapes: (
+        _context(shapes) == 1024 and "input_blocks.0.0.weight" in shapes and "label_emb.0.0.weight" not in shapes
+    ),
+)
+
 SDXL = Family(
     "sdxl",
     "Stable Diffusion XL",
     components=(
-        _unet(
+        denoiser(
+            _places,
             partial(
                 shapes,
                 multipliers=(1, 2, 4),
@@ -227,7 +225,8 @@ SDXL = Family(
                 context=2048,
                 linear_projection=True,
                 vector=2816,
-            )
+            ),
+            "unet",
         ),
         CLIP_L,
         CLIP_G,

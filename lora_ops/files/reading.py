@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ _NON_FINITE_BITS = {
     torch.float8_e4m3fn: (np.uint8, 0x7F),
     torch.float8_e5m2: (np.uint8, 0x7C),
 }
+
+_STATED = re.compile(rb'"sshs_model_hash"\s*:\s*"([0-9a-f]{64})"')
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,46 @@ def sha256(path: str | os.PathLike[str]) -> str:
         while chunk := file.read(MIB):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def tensor_hash(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's tensors, all bytes after the header: it stays when metadata or name change.
+
+    kohya's scripts state it as `sshs_model_hash` (library/train_util.py, addnet_hash_safetensors). The header is not
+    checked: of thousands of files that would take longer than the hash.
+    """
+    digest = hashlib.sha256()
+    with _opened(path) as file:
+        file.seek(8 + _header_length(file, path))
+        while chunk := file.read(MIB):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def stated_hash(path: str | os.PathLike[str]) -> str:
+    """The tensor_hash that a file's header states, "" for none. It may be another file's: tools copy metadata."""
+    with _opened(path) as file:
+        found = _STATED.search(file.read(_header_length(file, path)))
+    return found[1].decode() if found else ""
+
+
+def _header_length(file: BufferedReader, path: str | os.PathLike[str]) -> int:
+    length = int.from_bytes(file.read(8), "little")
+    if length > LORA_HEADER:
+        raise FileError("is no LoRA: no safetensors file, or its header is too long.", file=path)
+    return length
+
+
+def read_text(path: str | os.PathLike[str], limit: int) -> str:
+    """A text file of at most limit bytes. Raises FileError for a longer one and for what is no UTF-8."""
+    with _opened(path) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FileError(f"is over the limit of {limit:,} bytes.", file=path, remedy="Is it the right file?")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError("is no UTF-8 text.", file=path) from error
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def write(
             raise FileExistsError(errno.EEXIST, "exists already")
         temporary = final.parent / f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
         try:
-            digest = _write_synced(temporary, chain([head], (_bytes(tensors[name]) for name in names)))
+            digest = write_synced(temporary, chain([head], (_bytes(tensors[name]) for name in names)))
             _compare(temporary, digest, tensors, path)
             _publish(temporary, final, overwrite)
         finally:
@@ -98,7 +98,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]  Buffer is a protocol only from 3.12
 
 
-def _write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     """Write a new file and wait until it is on the disk; returns its SHA-256."""
     digest = hashlib.sha256()
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
@@ -149,10 +149,10 @@ def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
                 final.unlink()
                 raise
     if os.name != "nt":
-        _sync_folder(final)
+        sync_folder(final)
 
 
-def _sync_folder(final: Path) -> None:
+def sync_folder(final: Path) -> None:
     """Wait until the new name is on the disk, where the file system can sync a folder (vboxsf and others cannot)
     and the user may open it; the file is in its place already, so no error here may say that nothing was changed."""
     try:
@@ -168,8 +168,8 @@ def _sync_folder(final: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed writers left: our temporary files of more than a day ago."""
+    """Remove what killed writers left: our temporary files and folders of more than a day ago."""
     for orphan in folder.glob(f".*{TEMPORARY}"):
         with suppress(OSError):
             if time.time() - orphan.stat().st_mtime > ORPHAN_AGE:
-                orphan.unlink()
+                shutil.rmtree(orphan) if orphan.is_dir() else orphan.unlink()

@@ -7,8 +7,9 @@ there, whoever ejects takes out what is there, and each run makes sure that its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,11 +29,13 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """All that our nodes run live on one MODEL or CLIP: pieces by weight, and each entry's strength and schedule."""
+    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's strength and schedule, and how
+    many patches there were that scale what is below them (merges)."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
     strengths: tuple[float, ...]
     schedules: tuple[Schedule, ...]
+    merges: int
 
     def joined(self, other: Attached) -> Attached:
         """This and then the other, whose entries count on from here."""
@@ -40,11 +43,16 @@ class Attached:
         for key, there in other.pieces.items():
             moved = tuple(replace(piece, entry=piece.entry + first) for piece in there)
             pieces[key] = (*pieces.get(key, ()), *moved)
-        return Attached(pieces, self.strengths + other.strengths, self.schedules + other.schedules)
+        return Attached(pieces, self.strengths + other.strengths, self.schedules + other.schedules, other.merges)
 
-    def made_of(self) -> list[object]:
-        """What the hooks are built from. Adapters are equal only to themselves."""
-        return [(key, piece.adapter, piece.band, piece.entry) for key, there in self.pieces.items() for piece in there]
+    @cached_property
+    def footprints(self) -> tuple[frozenset[object], ...]:
+        """What each entry does, whatever its strength. Adapters are equal only to themselves."""
+        found: list[set[object]] = [set() for _ in self.strengths]
+        for key, there in self.pieces.items():
+            for piece in there:
+                found[piece.entry].add((key, piece.adapter, piece.band, piece.factor))
+        return tuple(map(frozenset, found))
 
 
 def attach(
@@ -57,20 +65,21 @@ def attach(
 
     Raises TargetError for a module that nothing can be added to.
     """
-    attached = Attached(pieces, tuple(strengths), tuple(schedules))
+    attached = Attached(pieces, tuple(strengths), tuple(schedules), _merges(patcher))
     before = patcher.get_attachment(KEY)
     if before is not None:
+        _require_unmerged(patcher, before)
         attached = before.joined(attached)
-    _live(patcher, attached)  # now, so that a module that cannot run live is this node's error
+    _hooked(patcher, attached, spare=True)  # now, so that a module that cannot run live is this node's error
 
     def inject(whom: Any) -> None:
         """whom is the patcher that runs: perhaps a clone, perhaps one with another copy of the model."""
         _require_unmerged(whom, attached)
         hooks = hooks_of(whom.model)
-        live = _live(whom, attached)
+        live, hooks.places = _hooked(whom, attached, spare=_compiled(whom))
         if hooks.installed is not None and hooks.installed is not live:
             hooks.installed.remove()
-        live.set_strengths(attached.strengths)
+        live.set_strengths({place: attached.strengths[entry] for entry, place in hooks.places.items()})
         live.install()
         hooks.installed = live
 
@@ -102,24 +111,51 @@ def _forget(whom: Any, unpatch_all: bool) -> None:
         made.forget()
 
 
-def _live(patcher: Any, attached: Attached) -> Live:
-    """The hooks for a patcher's model; those made last are used again if only strengths differ."""
-    hooks, made_of = hooks_of(patcher.model), attached.made_of()
-    if hooks.made is None or hooks.made_of != made_of:
-        modules = {key: comfy.utils.get_attr(patcher.model, key.removesuffix(".weight")) for key in attached.pieces}
-        hooks.made, hooks.made_of = Live(modules, attached.pieces), made_of
-    return hooks.made
+def _hooked(patcher: Any, attached: Attached, *, spare: bool) -> tuple[Live, Mapping[int, int]]:
+    """The hooks for a patcher's model, and the place of each entry among those that they were made of.
+
+    spare: hooks that hold more entries serve too, those at strength 0. The result is then equal to rounding only.
+    """
+    hooks, footprints = hooks_of(patcher.model), attached.footprints
+    places = _places(footprints, hooks.made_of)
+    if hooks.made is None or places is None or (len(places) < sum(map(bool, hooks.made_of)) and not spare):
+        modules = {key: comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) for key in attached.pieces}
+        hooks.made, hooks.made_of = Live(modules, attached.pieces), footprints
+        places = {entry: entry for entry, footprint in enumerate(footprints) if footprint}
+    return hooks.made, places
+
+
+def _compiled(patcher: Any) -> bool:
+    """Whether other hooks would cost minutes of torch.compile: a row that is switched off then keeps its place."""
+    patched = patcher.object_patches.values()
+    return "torch_compile_kwargs" in patcher.model_options or any(hasattr(each, "_orig_mod") for each in patched)
+
+
+def _places(footprints: Sequence[frozenset[object]], made_of: Sequence[frozenset[object]]) -> Mapping[int, int] | None:
+    """Entry -> where its footprint stands among others, in order; None if they are not all there."""
+    places: dict[int, int] = {}
+    after = 0
+    for entry, footprint in enumerate(footprints):
+        if footprint:  # without one an entry at strength 0
+            if footprint not in made_of[after:]:
+                return None
+            places[entry] = made_of.index(footprint, after)
+            after = places[entry] + 1
+    return places
+
+
+def _merges(patcher: Any) -> int:
+    """Patches that scale the weight below them."""
+    return sum(strength_model != 1 for there in patcher.patches.values() for _, _, strength_model, _, _ in there)
 
 
 def _require_unmerged(patcher: Any, attached: Attached) -> None:
     """A merge scales the weights and their patches; what runs beside the weights would keep its full strength."""
-    for key in attached.pieces:
-        if any(strength_model != 1 for _, _, strength_model, _, _ in patcher.patches.get(key, ())):
-            raise TargetError(
-                "was merged with another model after a LoRA was put on it live.",
-                module=key,
-                remedy="Use mode patch for LoRAs that come before a merge.",
-            )
+    if _merges(patcher) > attached.merges:
+        raise TargetError(
+            "The model was merged with another one after a LoRA was put on it live.",
+            remedy="Use mode patch for LoRAs that come before a merge.",
+        )
 
 
 def _scheduled(attached: Attached) -> Any:
@@ -129,25 +165,32 @@ def _scheduled(attached: Attached) -> Any:
 
     def call(executor: Any, x: Any, t: Any, *args: Any, **kwargs: Any) -> Any:
         model = executor.class_obj
-        sampling, live = model.model_sampling, hooks_of(model).installed
+        sampling, hooks = model.model_sampling, hooks_of(model)
         if sampling not in sigmas:
             sigmas[sampling] = [float(sampling.percent_to_sigma(percent)) for percent in percents]
         sigma = float(t.max())
         percent = next((p for p, s in zip(percents, sigmas[sampling], strict=True) if s <= sigma), 1.0)
-        pairs = zip(attached.strengths, attached.schedules, strict=True)
-        if live is not None:
-            live.set_strengths([strength * schedule.at(percent) for strength, schedule in pairs])
+        if hooks.installed is not None:
+            now = [s * schedule.at(percent) for s, schedule in zip(attached.strengths, attached.schedules, strict=True)]
+            hooks.installed.set_strengths({place: now[entry] for entry, place in hooks.places.items()})
         return executor(x, t, *args, **kwargs)
 
     return call
 
 
-def coarse(patcher: Any, keys: Sequence[str]) -> str:
-    """How a weight among these is stored where that is too coarse to hold an update, "" where none is."""
-    for key in keys:
-        weight = comfy.utils.get_attr(patcher.model, key)
-        if type(weight) not in (torch.nn.Parameter, torch.Tensor):
-            return type(weight).__name__
-        if weight.dtype not in FLOATS:
-            return str(weight.dtype).removeprefix("torch.")
-    return ""
+def weights(patcher: Any) -> frozenset[str]:
+    """The weights beside which our nodes run something live."""
+    attached = patcher.get_attachment(KEY)
+    return frozenset() if attached is None else frozenset(attached.pieces)
+
+
+def coarse(patcher: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Those of these weights that are stored too coarsely to hold an update, and how they are."""
+    weights = {key: comfy.utils.get_attr(patcher.model, key) for key in keys}
+    return {key: stored for key, weight in weights.items() if (stored := _coarse(weight))}
+
+
+def _coarse(weight: torch.Tensor) -> str:
+    if type(weight) not in (torch.nn.Parameter, torch.Tensor):
+        return type(weight).__name__
+    return "" if weight.dtype in FLOATS else str(weight.dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
+from ...lora_ops.adapters import Transform
 from ...lora_ops.dialects import target_map
 from ...lora_ops.errors import TargetError
 from ...lora_ops.families import Shapes, recognise
@@ -51,16 +52,17 @@ class LandedPatch(WeightAdapterBase):
         intermediate_dtype: torch.dtype = torch.float32,
         original_weight: Any = None,
     ) -> Tensor:
-        """W + strength · Σ ΔW, in place where the dtype allows.
+        """The weight with all pieces, in place where the dtype allows. The host's strength is a factor on each piece's.
 
         We register whole weights without a function, so offset and function are never ours to apply. Where the host
         patches for good it rounds a float32 result once; where it patches per forward, intermediate_dtype is the
-        weight's own and so is the result's.
+        weight's own and so is the result's. Factors come in float32 at least: a rounded magnitude would be a systematic
+        error.
         """
         compute = torch.promote_types(weight.dtype, intermediate_dtype)
-        total = weight.to(compute)
+        total, wide = weight.to(compute), torch.promote_types(compute, torch.float32)
         move = comfy.model_management.cast_to_device
-        pieces = [Piece.unpacked(piece, lambda t: move(t, weight.device, compute)) for piece in self.weights]
+        pieces = [Piece.unpacked(piece, lambda t: move(t, weight.device, wide)) for piece in self.weights]
         add_(total, pieces, strength)
         return total
 
@@ -97,7 +99,7 @@ class Applied(NamedTuple):
 def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
     """Put a landing on clones of MODEL and CLIP; what is not connected or not touched is passed on as it is.
 
-    mode is "patch", "live", or "auto": live where the base is stored too coarsely to hold the update.
+    mode is "patch", "live", or "auto": live for the weights that are stored too coarsely to hold an update.
     """
     how: dict[str, str] = {}
     if pieces := landing.of_part("model"):
@@ -114,18 +116,48 @@ def _put(patcher: Any, landing: Landing, part: str, pieces: Mapping[str, tuple[P
     scheduled = not all(row.schedule.constant for row in rows)
     # A text encoder runs once, before sampling: there is no percent for it.
     schedules = [row.schedule if part == "model" else Schedule() for row in rows]
-    stored = live.coarse(patcher, list(pieces)) if mode == "auto" else ""
+    stored = live.coarse(patcher, pieces) if mode == "auto" else {}
+    running, how = pieces.keys(), "live"
     if not all(schedule.constant for schedule in schedules):
+        _require_additive(pieces)
         how = "live, for the schedule"
-    elif stored:
-        how = f"live, its weights are {stored}"
-    else:
-        how = "patch" if mode == "auto" else mode
-    if how == "patch":
-        _register(patcher, {key: LandedPatch.of(there) for key, there in pieces.items()})
-    else:
-        live.attach(patcher, pieces, [row.strengths[part] for row in rows], schedules)
+    elif mode != "live":
+        running, how = stored.keys(), "patch"
+        if stored:
+            how = f"live, its weights are {', '.join(sorted(set(stored.values())))}"
+            others = len(pieces) - len(stored)
+            how += f"; {others} of its {len(pieces)} weights are not and were patched" if others else ""
+    if patched := {key: there for key, there in pieces.items() if key not in running}:
+        _require_seen(patcher, patched)
+        _register(patcher, {key: LandedPatch.of(there) for key, there in patched.items()})
+    if running:
+        attached = {key: there for key, there in pieces.items() if key in running}
+        live.attach(patcher, attached, [row.strengths[part] for row in rows], schedules)
     return f"{how}, without the schedule (a text encoder has no steps)" if scheduled and part == "clip" else how
+
+
+def _require_additive(pieces: Mapping[str, tuple[Piece, ...]]) -> None:
+    """Raises TargetError for what a stack with a schedule cannot run: all its rows are live, whatever the mode."""
+    for key, there in pieces.items():
+        for piece in there:
+            if isinstance(piece.adapter, Transform):
+                raise TargetError(
+                    f"gets {piece.adapter.ALGEBRA}, which cannot run live, as a row with a schedule asks of its stack.",
+                    module=key,
+                    remedy="Put it into a stack of its own before this one, or take the schedules out.",
+                )
+
+
+def _require_seen(patcher: Any, pieces: Mapping[str, tuple[Piece, ...]]) -> None:
+    """Raises TargetError for a change that depends on its weight where an earlier LoRA runs live beside that weight."""
+    for key in pieces.keys() & live.weights(patcher):
+        for piece in pieces[key]:
+            if isinstance(piece.adapter, Transform):
+                raise TargetError(
+                    f"gets {piece.adapter.ALGEBRA}, which would not see the LoRA that runs live before it.",
+                    module=key,
+                    remedy="Put it before the live one, or use mode patch for both.",
+                )
 
 
 def _register(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:

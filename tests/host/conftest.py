@@ -76,6 +76,27 @@ def apply(ours):
     return put
 
 
+@pytest.fixture
+def loras(ours, tmp_path, monkeypatch):
+    """A models/loras folder of our own: style/ink, a/twin and b/twin, whose tensors differ."""
+    import folder_paths
+
+    folder = tmp_path / "loras"
+    files = ours("lora_ops.files")
+    for number, name in enumerate(("style/ink", "a/twin", "b/twin"), 1):
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            "lora_unet_middle_block_1_proj_in.lora_up.weight": torch.full((128, 2), float(number)),
+            "lora_unet_middle_block_1_proj_in.lora_down.weight": torch.ones(2, 128, 1, 1),
+        }
+        files.write(path, tensors, {"modelspec.trigger_phrase": name}, overwrite=False)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors"}))
+    folder_paths.filename_list_cache.pop("loras", None)
+    yield folder
+    folder_paths.filename_list_cache.pop("loras", None)
+
+
 @pytest.fixture(scope="session")
 def samples(ours):
     """samples(model, number, seed): the tensors of one of the sample LoRAs for a model."""

@@ -15,66 +15,39 @@ import torch
 from harness.comfy import PACK
 
 
-@pytest.fixture
-def loras(ours, tmp_path, monkeypatch):
-    """A models/loras folder of our own: style/ink, a/twin and b/twin."""
-    import folder_paths
-
-    folder = tmp_path / "loras"
-    files = ours("lora_ops.files")
-    for number, name in enumerate(("style/ink", "a/twin", "b/twin"), 1):
-        path = folder / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            "lora_unet_middle_block_1_proj_in.lora_up.weight": torch.full((128, 2), float(number)),
-            "lora_unet_middle_block_1_proj_in.lora_down.weight": torch.ones(2, 128, 1, 1),
-        }
-        files.write(path, tensors, {"modelspec.trigger_phrase": name}, overwrite=False)
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", ([str(folder)], {".safetensors"}))
-    folder_paths.filename_list_cache.pop("loras", None)
-    yield folder
-    folder_paths.filename_list_cache.pop("loras", None)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["style/ink.safetensors", r"style\ink.safetensors", "style/ink", "ink", "ink.safetensors", "old/place/ink"],
-)
-def test_a_lora_is_found_under_every_name_that_means_it(ours, loras, name):
-    assert ours("nodes.host.names").resolve(name) == os.path.join("style", "ink.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("twin", "2 folders"),
-        ("style/inc", "Did you mean style/ink.safetensors"),
-        ("nowhere", "is not in models/loras"),
-        ("../../etc/passwd", "is not in models/loras"),
-        ("/etc/passwd", "is not in models/loras"),
-        ("x\0y", "is not in models/loras"),
-    ],
-)
-def test_a_name_that_means_no_lora_or_several_is_an_error_that_helps(ours, loras, name, words):
-    with pytest.raises(ours("lora_ops.errors").FileError, match=words):
-        ours("nodes.host.names").path_of(name)
-    assert words.split()[0] in ours("nodes.loading").LoraOpsLoad.validate_inputs(lora_name=name)
-
-
 def test_an_unchanged_file_is_read_once_and_a_changed_one_again(ours, loras, monkeypatch):
     caches = ours("nodes.host.caches")
     reads = []
     read = caches.read_file
     monkeypatch.setattr(caches, "read_file", lambda path: (reads.append(path), read(path))[1])
-    first = caches.load("ink")
-    assert caches.load("style/ink.safetensors") is first and len(reads) == 1
+    name, path = os.path.join("style", "ink.safetensors"), str(loras / "style" / "ink.safetensors")
+    first = caches.load(name, path)
+    assert caches.load(name, path) is first and len(reads) == 1
     stack = ours("nodes.stacking").LoraOpsStack
     before = stack.fingerprint_inputs(stack="<lora:ink:1>")
     assert stack.fingerprint_inputs(stack="<lora:ink:1>") == before
     shutil.copy(loras / "a" / "twin.safetensors", loras / "style" / "ink.safetensors")
     assert stack.fingerprint_inputs(stack="<lora:ink:1>") != before
     module = "lora_unet_middle_block_1_proj_in"
-    assert caches.load("ink").lora.modules[module].up[0, 0] == 2 and len(reads) == 2
+    assert caches.load(name, path).lora.modules[module].up[0, 0] == 2 and len(reads) == 2
+
+
+def test_a_changed_configuration_of_pefts_is_read_again(ours, loras):
+    caches, names = ours("nodes.host.caches"), ours("nodes.host.names")
+    path, config = loras / "adapter_model.safetensors", loras / "adapter_config.json"
+    shutil.copy(loras / "style" / "ink.safetensors", path)
+    told = []
+    for text in (None, '{"r": 2, "lora_alpha": 4}', '{"r": 2, "lora_alpha": 16}'):
+        if text:
+            config.write_text(text)
+        (adapter,) = caches.load(path.name, str(path)).lora.modules.values()
+        state = names.state(str(path))
+        told.append((adapter.scale, state, caches.report_of(path.name, str(path), state).data["alpha"]))
+    config.unlink()
+    assert [scale for scale, _, _ in told] == [1, 2, 8]
+    assert len({state for _, state, _ in told}) == 3 and names.state(str(path)) == told[0][1]
+    config.write_text("{}")  # beside a file of another name it says nothing
+    assert "adapter_config" not in names.state(str(loras / "style" / "ink.safetensors"))
 
 
 def test_a_wired_name_is_fingerprinted_by_all_files(ours, loras):
@@ -89,8 +62,8 @@ def test_the_cache_keeps_within_its_budget(ours, loras, monkeypatch):
     caches = ours("nodes.host.caches")
     caches._files.clear()
     monkeypatch.setattr(caches, "BUDGET", 1)
-    for name in ("a/twin", "b/twin", "ink"):
-        caches.load(name)
+    for name in ("a/twin.safetensors", "b/twin.safetensors", "style/ink.safetensors"):
+        caches.load(name, str(loras / name))
     assert len(caches._files) == 1
 
 
@@ -107,11 +80,25 @@ def test_core_reads_our_lora_model_at_our_scale(ours):
     assert sockets.lora_of(dict(wire)).modules["m"].scale == 1
 
 
+@pytest.mark.parametrize("spelling", ["alpha", "lora_alpha"])
+@pytest.mark.parametrize("alpha", [2.0, 0.1, 1 / 3 * 1.1])
+def test_a_lora_model_has_one_alpha_that_says_the_scale_to_the_bit(ours, spelling, alpha):
+    sockets, files, lora = ours("nodes.sockets"), ours("lora_ops.files"), ours("lora_ops.lora")
+    tensors = {"m.lora_up.weight": torch.ones(4, 3), "m.lora_down.weight": torch.ones(3, 4)}
+    tensors[f"m.{spelling}"] = torch.tensor(alpha, dtype=torch.float64)
+    file = files.TensorFile("x", tensors)
+    wire = dict(sockets.LoraModel(file, lora.from_file(file)))
+    assert sorted(wire) == ["m.alpha", "m.lora_down.weight", "m.lora_up.weight"]
+    assert wire["m.alpha"].dtype == (torch.float32 if alpha == 2 else torch.float64)
+    assert sockets.lora_of(wire).modules["m"].scale == alpha / 3
+
+
 @pytest.mark.parametrize(
     ("wire", "words"),
     [
         ({"m.lora_up.weight": torch.tensor([[float("nan")]])}, "NaN"),
         ({"m.alpha": 2.0}, "not a dense tensor"),
+        ({1: torch.ones(1)}, "the key 1, which is no name"),
         ({"m.alpha": torch.eye(2).to_sparse()}, "not a dense tensor"),
         (None, "not a dict"),
         ("ink.safetensors", "not a dict"),
@@ -176,6 +163,7 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
             ],
         ),
         "LoraOpsTriggerWords": (["lora", "lora_stack"], [("STRING", "trigger_words")]),
+        "LoraOpsScale": (["lora", "strength", "blocks", "model"], [("LORA_MODEL", "lora")]),
     }
 
 

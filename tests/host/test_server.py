@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from harness.server import WorkflowError
-from lora_ops.files import read, write
+from lora_ops.files import read, tensor_hash, write
 
 STACK = "lora_stack_sd15"
 FLUX = "lora_apply_flux"
@@ -146,6 +146,74 @@ def test_trigger_words_come_out_of_load_stack_and_their_own_node(server, sd15):
     assert json.loads(outputs["4"]["text"][0])["family"] == "flux"
 
 
+@pytest.fixture(scope="module")
+def wash(server):
+    """ink_kohya without its metadata, as style/wash."""
+    loras = server.base / "models" / "loras"
+    (loras / "style").mkdir()
+    write(loras / "style" / "wash.safetensors", read(loras / "ink_kohya.safetensors").tensors, overwrite=False)
+    return loras / "style" / "wash.safetensors"
+
+
+def row_of(entry) -> dict:
+    (receipt,) = receipts(entry)
+    (row,) = receipt["rows"]
+    return row
+
+
+def test_a_workflow_from_windows_runs_and_the_receipt_says_what_was_found(server, sd15, wash):
+    name = r"Style\Wash.SAFETENSORS"
+    entry = server.post(stacked(sd15, f"<lora:{name}:1>"))
+    assert server.images(entry) == [picture(server, stacked(sd15, "<lora:ink_kohya:1>"))]
+    assert (row_of(entry)["lora"], row_of(entry)["asked"]) == ("style/wash.safetensors", name)
+    loaded = {"1": {"class_type": "LoraOpsLoad", "inputs": {"lora_name": name}}}
+    loaded["2"] = {"class_type": "PreviewAny", "inputs": {"source": ["1", 2]}}
+    told = json.loads(server.post(loaded)["outputs"]["2"]["text"][0])
+    assert (told["lora"], told["asked"]) == ("style/wash.safetensors", name)
+    stack = {"1": {"class_type": "LoraOpsStack", "inputs": {"stack": f"<lora:{name}:1>", "min_coverage": 0.9}}}
+    stack["1"]["inputs"]["mode"] = "auto"
+    stack["2"] = {"class_type": "PreviewAny", "inputs": {"source": ["1", 2]}}
+    assert "style/wash.safetensors" in server.post(stack)["outputs"]["2"]["text"][0]
+
+
+def test_a_row_finds_its_file_by_its_tensors_and_says_if_they_are_others(server, sd15, wash):
+    def text(name: str, sha256: str) -> str:
+        return json.dumps({"version": 1, "rows": [{"lora": name, "sha256": sha256}]})
+
+    (wash.parent.parent / "ink_kohya.safetensors").rename(wash.parent / "ink_kohya.away")  # the same tensors
+    try:
+        entry = server.post(stacked(sd15, text("drawing", tensor_hash(wash))))
+    finally:
+        (wash.parent / "ink_kohya.away").rename(wash.parent.parent / "ink_kohya.safetensors")
+    row = row_of(entry)
+    assert (row["lora"], row["asked"], row["other_tensors"]) == ("style/wash.safetensors", "drawing", False)
+    assert server.images(entry) == [picture(server, stacked(sd15, "<lora:ink_kohya:1>"))]
+    row = row_of(server.post(stacked(sd15, text("style/wash", "0" * 64))))
+    assert (row["lora"], row["asked"], row["other_tensors"]) == ("style/wash.safetensors", None, True)
+    with pytest.raises(WorkflowError, match="No file there has the tensors of the row. Did you mean style/wash"):
+        server.post(stacked(sd15, text("style/wish", "0" * 64)))
+
+
+def test_trigger_words_come_from_the_file_beside_a_lora_as_it_is_now(server, sd15, wash):
+    prompt = {
+        "1": {"class_type": "LoraOpsLoad", "inputs": {"lora_name": "wash"}},
+        "2": {"class_type": "LoraOpsTriggerWords", "inputs": {"lora": ["1", 0]}},
+        "3": {"class_type": "PreviewAny", "inputs": {"source": ["2", 0]}},
+    }
+    wash.with_suffix(".txt").write_text("ink wash")
+    outputs = server.post(prompt)["outputs"]
+    assert outputs["3"]["text"] == ["ink wash"]
+    assert outputs["2"]["text"] == ["style/wash.safetensors: ink wash (from wash.txt)"]
+    wash.with_suffix(".json").write_text('{"activation text": "zwx"}')
+    assert server.post(prompt)["outputs"]["2"]["text"] == ["style/wash.safetensors: zwx (from wash.json)"]
+    wash.with_suffix(".json").write_text("{broken")
+    outputs = server.post(stacked(sd15, "<lora:wash:1>"))["outputs"]
+    (text,) = (output["text"][0] for output in outputs.values() if "lora_ops" in output)
+    assert text.endswith("wash.json is no JSON object.")
+    wash.with_suffix(".json").unlink()
+    wash.with_suffix(".txt").unlink()
+
+
 def test_nothing_changed_runs_nothing_and_a_changed_strength_only_the_stack(server, sd15):
     def cached(entry) -> set[str]:
         return {
@@ -181,8 +249,10 @@ def test_a_changed_file_is_noticed(server, sd15):
     [
         ("<lora:flux/ink_kohya:1>", ("made for FLUX.1; the model is Stable Diffusion 1.5", "ink_kohya.safetensors")),
         ("<lora:ink_kohia:1>", ("Did you mean ink_kohya.safetensors",)),
+        ("<lora:x/ink_kohya:1>", ("means 2 files", "flux/ink_kohya.safetensors", "ink_kohya.safetensors")),
         ("<lora:ink_kohya:much>", ("finite number",)),
-        ('{"version":1,"rows":[{"lora":"ink_kohya","blocks":"x"}]}', ("does not know: blocks",)),
+        ('{"version":1,"rows":[{"lora":"ink_kohya","block":"x"}]}', ("does not know: block",)),
+        ('{"version":1,"rows":[{"lora":"ink_kohya","blocks":"x"}]}', ("'x' has no finite number", "role:mlp=0.5")),
     ],
 )
 def test_what_cannot_be_right_stops_with_words_that_help(server, sd15, text, words):

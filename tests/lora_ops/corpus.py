@@ -268,22 +268,73 @@ SEMANTIC: tuple[Refused, ...] = (
         "m",
         "two tensors for down",
     ),
-    Refused("dora_scale beside a LoRA", saved(lora("m") | {"m.dora_scale": torch.ones(4, 1)}), "m", "has magnitude"),
-    Refused("LoRA with a mid", saved(lora("m") | {"m.lora_mid.weight": torch.ones(2, 2, 3, 3)}), "m", "has mid"),
-    Refused("LoRA with a bias", saved(lora("m") | {"m.lora_B.bias": torch.ones(4)}), "m", "has bias"),
-    Refused("reshape_weight", saved(lora("m") | {"m.reshape_weight": torch.tensor([99, 99])}), "m", "reshape_weight"),
-    Refused("LoKr", saved({"m.lokr_w1": torch.ones(2, 2), "m.lokr_w2": torch.ones(2, 2)}), "m", "has lokr_w1"),
+    Refused("dora_scale that is no vector", saved(lora("m") | {"m.dora_scale": torch.ones(4, 3)}), "m", "no vector"),
+    Refused("LoRA with a mid", saved(lora("m") | {"m.lora_mid.weight": torch.ones(3, 2, 3, 3)}), "m", "no core"),
+    Refused("a bias without its LoRA", saved({"m.lora_B.bias": torch.ones(4)}), "m.bias", "not there or cannot be"),
     Refused(
-        "LoHa",
-        saved({f"m.hada_{name}": torch.ones(2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}),
-        "m",
-        "has hada_w1_a",
+        "two differences of one bias",
+        saved(lora("m") | {"m.lora_B.bias": torch.ones(4), "m.diff_b": torch.ones(4)}),
+        "m.bias",
+        "two tensors for diff",
     ),
-    Refused("OFT", saved({"m.oft_blocks": torch.ones(2, 2, 2)}), "m", "has oft_blocks"),
+    Refused(
+        "a difference and a norm's", saved({"m.diff": torch.ones(4), "m.w_norm": torch.ones(4)}), "m", "two tensors"
+    ),
+    Refused("a difference beside a LoRA", saved(lora("m") | {"m.diff": torch.ones(4, 3)}), "m", "no one algebra"),
+    Refused("a difference of nothing", saved({"m.diff": torch.ones(4, 0)}), "m", "no weight has"),
+    Refused("a whole number as a difference", saved({"m.diff_b": torch.ones(4).int()}), "m.bias", "not a float type"),
+    Refused("reshape_weight", saved(lora("m") | {"m.reshape_weight": torch.tensor([99, 99])}), "m", "reshape_weight"),
+    Refused("half a LoKr", saved({"m.lokr_w1": torch.ones(2, 2), "m.lokr_w2_b": torch.ones(2, 2)}), "m", "lacks its"),
+    Refused(
+        "half a LoHa",
+        saved({f"m.hada_{name}": torch.ones(2, 2) for name in ("w1_a", "w1_b", "w2_a")}),
+        "m",
+        "lacks its hada_w2_b",
+    ),
+    Refused("OFT of no square blocks", saved({"m.oft_blocks": torch.ones(2, 2, 3)}), "m", "square blocks"),
+    Refused("BOFT of odd blocks", saved({"m.oft_blocks": torch.ones(1, 4, 3, 3)}), "m", "no butterfly"),
+    Refused("BOFT of too many stages", saved({"m.oft_blocks": torch.ones(3, 2, 2, 2)}), "m", "no butterfly"),
+    Refused(
+        "OFT with a rescale of another width",
+        saved({"m.oft_blocks": torch.ones(2, 2, 2), "m.rescale": torch.ones(3, 1)}),
+        "m",
+        "for 4 outputs",
+    ),
+    Refused("PEFT's OFT of no size of block", saved({"m.oft_R.weight": torch.ones(2, 4)}), "m", "no size of block"),
+    Refused("old OFT of PEFT", saved(lora() | {"m.oft_R": torch.ones(2, 4, 4)}), "m.oft_R", "no known factor name"),
+    Refused("(IA)3 without on_input", saved(lora() | {"m.weight": torch.ones(4)}), "m.weight", "no known factor name"),
+    Refused("(IA)3 without weight", saved(lora() | {"m.on_input": torch.tensor(0)}), "m", "lacks its ia3_weight"),
+    Refused(
+        "(IA)3 with a matrix",
+        saved({"m.weight": torch.ones(4, 3), "m.on_input": torch.tensor(0)}),
+        "m",
+        "should be a vector",
+    ),
+    Refused(
+        "DoRA of OneTrainer's OFT",
+        saved({"m.oft_R.weight": torch.ones(2, 6), "m.dora_scale": torch.ones(4, 1)}),
+        "m",
+        "dora_scale around OFT",
+    ),
     Refused("set_weight", saved({"m.set_weight": torch.ones(4, 3)}), "m", "has set_weight"),
+    Refused("a norm that replaces", saved(lora("m") | {"n.key_norm.scale": torch.ones(4)}), "n.key_norm", "set_weight"),
+    Refused(
+        "a bundled text embedding",
+        saved(lora("m") | {"bundle_emb.cat.clip_l": torch.ones(4, 8)}),
+        "bundle_emb.cat.clip_l",
+        "embeddings folder",
+    ),
+    Refused(
+        "a LoRA for a reference picture",
+        saved(lora("m") | {"blocks.0.self_attn.q_loras.down.weight": torch.ones(4, 8)}),
+        "blocks.0.self_attn.q_loras.down.weight",
+        "reference picture",
+    ),
     Refused("an unknown suffix", saved(lora("m") | {"m.wobble": torch.ones(1)}), "m.wobble", "no known factor name"),
     Refused("a suffix alone", saved(lora("m") | {".lora_up.weight": torch.ones(1)}), ".lora_up.weight", "no known"),
 )
+
+_CHECKPOINT = {f"blocks.{n}.weight": torch.ones(4, 4) for n in range(20)}
 
 NO_LORA: tuple[Bad, ...] = (
     Bad("no tensors", lambda: container({}), "none of its 0 tensors"),
@@ -293,6 +344,23 @@ NO_LORA: tuple[Bad, ...] = (
         saved({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(4, 4), "logit_scale": torch.tensor(1.0)}),
         "a checkpoint belongs",
     ),
+    Bad(
+        "a checkpoint of Black Forest Labs",
+        saved({"double_blocks.0.img_attn.norm.key_norm.scale": torch.ones(4), "img_in.weight": torch.ones(4, 4)}),
+        "a checkpoint belongs",
+    ),
+    *(
+        Bad(f"a checkpoint with a stray {stray}", saved(_CHECKPOINT | {f"act{stray}": torch.ones(4)}), phrase)
+        for stray, phrase in (
+            (".alpha", "none of its 21"),
+            (".magnitude", "none of its 21"),
+            (".diff", "1 of its 21"),
+            (".up.weight", "1 of its 21"),
+        )
+    ),
+    Bad("a vocoder", saved({f"act.{n}.alpha": torch.ones(4) for n in range(4)}), "none of its 4"),
+    Bad("a text embedding", saved({"clip_l": torch.ones(4, 8), "clip_g": torch.ones(4, 8)}), "embeddings folder"),
+    Bad("an old text embedding", saved({"emb_params": torch.ones(4, 8)}), "embeddings folder"),
 )
 
 
@@ -337,6 +405,11 @@ GOOD: tuple[Good, ...] = (
     Good("LoRA in fp8", saved({name: tensor.to(torch.float8_e4m3fn) for name, tensor in lora().items()})),
     Good("mixed precision", saved(lora(down=torch.ones(2, 3).bfloat16(), up=torch.ones(4, 2).half()))),
     Good("convolution LoRA", saved(lora(up=torch.ones(4, 2, 1, 1), down=torch.ones(2, 3, 3, 3)))),
+    Good("DoRA", saved(lora() | {"unet.block.dora_scale": torch.ones(4, 1)})),
+    Good("Diag-OFT", saved({"unet.block.oft_blocks": torch.ones(2, 2, 2), "unet.block.alpha": torch.tensor(0.0)})),
+    Good("BOFT", saved({"unet.block.oft_blocks": torch.ones(2, 2, 2, 2), "unet.block.rescale": torch.ones(4, 1)})),
+    Good("PEFT's OFT", saved({"unet.block.oft_R.weight": torch.ones(2, 1)})),
+    Good("(IA)3", saved({"unet.block.weight": torch.ones(4), "unet.block.on_input": torch.tensor(0)})),
     Good("alpha 0", saved(lora(alpha=torch.tensor(0.0)))),
     Good("alpha negative", saved(lora(alpha=torch.tensor(-1.0)))),
     Good("alpha int64", saved(lora(alpha=torch.tensor(4)))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from lora_ops.dialects import published_map, target_map
 from lora_ops.errors import TargetError
 from lora_ops.families import FAMILIES, recognise
 from lora_ops.files import TensorFile
-from lora_ops.landing import Piece, guess, land, merged, require_coverage
+from lora_ops.landing import Piece, add_, guess, land, merged, require_coverage
 from lora_ops.lora import Band, Lora, Refusal, from_file
 from lora_ops.receipt import receipt
 from lora_ops.samples import SAMPLES, small_checkpoint, tensors
@@ -49,6 +51,45 @@ def flux():
 
 def published(family: str):
     return published_map(next(each for each in FAMILIES if each.name == family))
+
+
+def test_the_shape_tells_which_text_encoder_a_file_of_peft_is_for():
+    sdxl = published("sdxl")
+    module = "base_model.model.text_model.encoder.layers.3.self_attn.k_proj"
+    for width, key in ((768, "clip_l"), (1280, "clip_g")):
+        (row,) = land([Entry(Lora("x", {module: pair(width, width)}), ONE)], sdxl).rows
+        assert row.landed[module].target.key.startswith(f"{key}.transformer.")
+    (row,) = land([Entry(Lora("x", {module: pair(512, 512)}), ONE)], sdxl).rows
+    assert [refusal.reason for refusal in row.refused] == ["could be several places of this model"]
+
+
+def test_a_stack_of_dialects_on_fused_weights_is_the_float64_sum():
+    """FLUX.1's linear1 is q, k, v and the mlp: fused, split in four, and x-flux's qkv, each with a scale of its own."""
+    shapes = {**FLUX, "diffusion_model.single_blocks.0.linear2.weight": (8, 40)}
+    targets = target_map(recognise(shapes), shapes)
+    split = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    fused = {"lora_unet_single_blocks_0_linear1": replace(pair(56, 8, 1), alpha=0.5)}
+    bands = {
+        f"transformer.single_transformer_blocks.0.{name}": replace(pair(32 if "mlp" in name else 8, 8, seed), alpha=3.0)
+        for seed, name in enumerate(split, 2)
+    }
+    processor = {"single_blocks.0.processor.qkv": pair(24, 8, 7), "single_blocks.0.processor.proj": pair(8, 40, 8)}
+    stack = [
+        Entry(Lora(str(number), modules), {"model": strength, "clip": 1.0})
+        for number, (modules, strength) in enumerate([(fused, 0.7), (bands, -1.3), (processor, 0.4)])
+    ]
+    landing = land(stack, targets)
+    assert not any(row.refused for row in landing.rows)
+
+    def delta(adapter, strength):
+        return strength * adapter.scale * adapter.up.double() @ adapter.down.double()
+
+    truth = delta(fused["lora_unet_single_blocks_0_linear1"], 0.7)
+    truth += torch.cat([delta(adapter, -1.3) for adapter in bands.values()])
+    truth[:24] += delta(processor["single_blocks.0.processor.qkv"], 0.4)
+    ours = torch.zeros(56, 8, dtype=torch.float64)
+    add_(ours, landing.of_part("model")["diffusion_model.single_blocks.0.linear1.weight"])
+    torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-12)  # sums of a few products in float64
 
 
 def test_split_projections_land_on_the_bands_of_the_fused_weight(flux):
@@ -198,10 +239,67 @@ def test_the_receipt_tells_what_landed_and_what_did_not(sd15):
     file = Lora(
         "ink", {name: adapter, "lora_unet_nowhere": adapter}, {}, (Refusal("odd\n\x1b[2Jkey", "no known factor name"),)
     )
-    found = receipt(land([Entry(file, {"model": 0.8, "clip": 0.6})], sd15), 0.01)
+    entry = Entry(file, {"model": 0.8, "clip": 0.6})
+    found = receipt(land([entry], sd15), 0.01)
     (row,) = found.data["rows"]
     assert (row["matched"], row["total"], row["dialect"]) == (1, 3, "kohya")
     assert row["scale"] == {"0.5": 1} and row["alpha"] == {"tensor": 1} and row["rank"] == {"2": 1}
     assert row["energy_landed"] == 0.5  # the same adapter twice, one of them lost
     assert {group["reason"] for group in row["refused"]} == {"name not known", "no known factor name"}
     assert "1 of 3 modules landed" in found.text and "\x1b" not in found.text
+    assert (row["asked"], row["other_tensors"]) == (None, False) and "asked" not in found.text
+    other = receipt(land([replace(entry, asked="old/in\nk", other_tensors=True)], sd15), 0.01)
+    assert (other.data["rows"][0]["asked"], other.data["rows"][0]["other_tensors"]) == ("old/in\nk", True)
+    assert "asked for as old/in\\nk\n   other tensors than those the row was written for" in other.text
+
+
+def test_a_stack_of_mixed_dialects_on_fused_weights_is_the_written_out_sum():
+    """Whole weights and their parts, with alpha in a tensor, in both headers, in PEFT's configuration, and nowhere."""
+    linear1, qkv = "single_blocks.0.linear1", "double_blocks.0.img_attn.qkv"
+    block, double = "single_transformer_blocks.0", "transformer_blocks.0.attn"
+    parts = {"q": (0, 8), "k": (8, 8), "v": (16, 8)}
+    q, k, v = (f"{block}.attn.to_{name}" for name in "qkv")
+
+    def factors(module: str, rows: int, seed: int, up: str = "lora_B", down: str = "lora_A") -> dict[str, torch.Tensor]:
+        adapter = pair(rows, 8, seed)
+        return {f"{module}.{up}.weight": adapter.up, f"{module}.{down}.weight": adapter.down}
+
+    kohya = factors("lora_unet_single_blocks_0_linear1", 56, 1, "lora_up", "lora_down")
+    kohya |= {"lora_unet_single_blocks_0_linear1.alpha": torch.tensor(1.0)}
+    lost = factors("lora_unet_double_blocks_0_img_attn_qkv", 24, 2, "lora_up", "lora_down")
+    split = {key: t for n, name in enumerate((q, k, v)) for key, t in factors(f"transformer.{name}", 8, 3 + n).items()}
+    split |= factors(f"transformer.{block}.proj_mlp", 32, 6)
+    split |= factors(f"transformer.{double}.to_v", 8, 7)
+    header = {"lora_adapter_metadata": '{"transformer.r": 2, "transformer.lora_alpha": 8}'}
+    beside = {"adapter_config.json": '{"r": 2, "lora_alpha": 4, "use_rslora": true}'}
+    files = (
+        (kohya, {}, 0.7),
+        (lost, {"ss_network_dim": "2", "ss_network_alpha": "3"}, -0.4),
+        (split, header, 1.3),
+        (factors(f"base_model.model.{k}", 8, 8), beside, 0.9),
+        (factors(f"diffusion_model.{linear1}", 56, 9), {}, 0.25),
+    )
+    expected = {linear1: torch.zeros(56, 8, dtype=torch.float64), qkv: torch.zeros(24, 8, dtype=torch.float64)}
+
+    def add(weight: str, start: int, rows: int, seed: int, factor: float) -> None:
+        adapter = pair(rows, 8, seed)
+        expected[weight][start : start + rows] += factor * (adapter.up.double() @ adapter.down.double())
+
+    add(linear1, 0, 56, 1, 0.7 * 1 / 2)
+    add(qkv, 0, 24, 2, -0.4 * 3 / 2)
+    for number, (start, rows) in enumerate((*parts.values(), (24, 32))):
+        add(linear1, start, rows, 3 + number, 1.3 * 8 / 2)
+    add(qkv, *parts["v"], 7, 1.3 * 8 / 2)
+    add(linear1, *parts["k"], 8, 0.9 * 4 / 2**0.5)
+    add(linear1, 0, 56, 9, 0.25)
+
+    stack = [
+        Entry(from_file(TensorFile("x", tensors, metadata)), {"model": strength, "clip": 1.0})
+        for tensors, metadata, strength in files
+    ]
+    landing = land(stack, target_map(recognise(FLUX), FLUX))
+    assert all(row.coverage == 1 for row in landing.rows)
+    for weight, exact in expected.items():
+        found = torch.zeros(exact.shape, dtype=torch.float64)
+        add_(found, landing.pieces["model", f"diffusion_model.{weight}.weight"])
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from lora_ops.adapters import LowRank
+from lora_ops.adapters import Additive, Full, LowRank, build
 from lora_ops.errors import TargetError
 from lora_ops.landing import Piece, merged
 from lora_ops.live import Live
@@ -22,7 +24,7 @@ def low_rank(rows: int, *inputs: int, rank: int = 3, seed: int = 0, alpha: float
     return LowRank(rand(rows, rank, *ones, seed=seed), rand(rank, *inputs, seed=seed + 50), alpha)
 
 
-# name -> (module, its input, pieces at strengths 1, -0.5 and 0.3 by row)
+# name -> (module, its input, pieces at strengths 1, -0.5 and 0.3 by row, times their factors)
 CASES = {
     "linear": (
         nn.Linear(8, 12),
@@ -37,6 +39,15 @@ CASES = {
             Piece(low_rank(8, 8, seed=1), Band(16, 8), 1.0, 0),
             Piece(low_rank(8, 8, seed=2), Band(16, 8), -0.5, 1),
             Piece(low_rank(24, 8, seed=3), None, 0.3, 2),
+        ],
+    ),
+    "factors of selectors": (
+        nn.Linear(8, 24),
+        rand(2, 5, 8),
+        [
+            Piece(low_rank(8, 8), Band(0, 8), 0.25, 0, 0.25),
+            Piece(low_rank(16, 8, seed=1), Band(8, 16), 1.0, 0),
+            Piece(low_rank(24, 8, seed=2), None, -1.5, 1, 3.0),
         ],
     ),
     "conv with stride, padding and dilation": (
@@ -55,9 +66,115 @@ CASES = {
         [Piece(low_rank(12, 8), None, 1.0, 0), Piece(low_rank(12, 8, 1, 1, seed=1), None, -0.5, 1)],
     ),
     "conv3d": (nn.Conv3d(8, 12, (1, 3, 3)), rand(1, 8, 2, 5, 5), [Piece(low_rank(12, 8, 1, 3, 3), None, 1.0, 0)]),
+    "conv with a flat kernel": (
+        nn.Conv2d(8, 12, 3, padding=1),
+        rand(2, 8, 5, 5),
+        [Piece(LowRank(rand(12, 3), rand(3, 72, seed=1)), None, 1.0, 0)],
+    ),
+    "differences of a fused linear": (
+        nn.Linear(8, 24),
+        rand(2, 5, 8),
+        [
+            Piece(Full(rand(8, 8), 0.5), Band(16, 8), 1.0, 0),
+            Piece(low_rank(24, 8, seed=3), None, -0.5, 1),
+            Piece(Full(rand(24, 8, seed=4)), None, 0.6, 2, 2.0),
+        ],
+    ),
+    "difference of a conv": (
+        nn.Conv2d(8, 12, 3, stride=2, padding=1),
+        rand(2, 8, 9, 9),
+        [Piece(Full(rand(12, 8, 3, 3)), None, 1.0, 0)],
+    ),
+    "difference of a 1x1 conv": (nn.Conv2d(8, 12, 1), rand(2, 8, 4, 4), [Piece(Full(rand(12, 8)), None, -0.5, 1)]),
+    "difference of a layer norm": (nn.LayerNorm(8), rand(2, 5, 8), [Piece(Full(rand(8)), None, -0.5, 1)]),
+    "difference of an RMS norm": (nn.RMSNorm(8, eps=1e-3), rand(2, 5, 8), [Piece(Full(rand(8)), None, 0.3, 2)]),
+    "difference of a group norm": (nn.GroupNorm(2, 8), rand(2, 8, 4, 4), [Piece(Full(rand(8)), None, 1.0, 0)]),
     "conv1d": (nn.Conv1d(8, 12, 3), rand(2, 8, 9), [Piece(low_rank(12, 8, 3), None, 1.0, 0)]),
 }
+
+
+def loha(rows: int, *inputs: int, rank: int = 2, core: bool = False, seed: int = 0) -> Additive:
+    """Of rank 2 it runs as a pair of rank 4, of rank 4 it is built, and so it is with a core."""
+    a, b = ((rank, rows), (rank, inputs[0])) if core else ((rows, rank), (rank, math.prod(inputs)))
+    shapes = {"w1_a": a, "w1_b": b, "w2_a": a, "w2_b": b}
+    shapes |= dict.fromkeys(("t1", "t2"), (rank, rank, *inputs[1:])) if core else {}
+    factors = {f"hada_{name}": rand(*shape, seed=seed + i) / 2 for i, (name, shape) in enumerate(shapes.items())}
+    return build({**factors, "alpha": torch.tensor(3.0)})
+
+
+def lokr(rows: int, *inputs: int, form: str = "low rank", seed: int = 0) -> Additive:
+    """Two outer inputs, three outer rows."""
+    inner, columns, kernel = rows // 3, inputs[0] // 2, inputs[1:]
+    shapes = {
+        "whole": {"w2": (inner, columns, *kernel)},
+        "low rank": {"w2_a": (inner, 2), "w2_b": (2, columns * math.prod(kernel))},
+        "core": {"w2_a": (2, inner), "w2_b": (2, columns), "t2": (2, 2, *kernel)},
+    }[form]
+    factors = {f"lokr_{name}": rand(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
+    return build({"lokr_w1": rand(3, 2, seed=seed + 9), **factors, "alpha": torch.tensor(3.0)})
+
+
+def locon(rows: int, *inputs: int, seed: int = 0) -> Additive:
+    shapes = {"up": (rows, 3), "mid": (3, 3, *inputs[1:]), "down": (3, inputs[0])}
+    return build({name: rand(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())})
+
+
+CONVOLUTIONS = {
+    "conv1d": (nn.Conv1d(8, 12, 3, padding=1), rand(2, 8, 9)),
+    "conv2d": (nn.Conv2d(8, 12, (3, 2), stride=2, padding=2, dilation=2, padding_mode="circular"), rand(2, 8, 9, 9)),
+    "conv3d": (nn.Conv3d(8, 12, (2, 3, 3), padding=1), rand(2, 8, 3, 5, 5)),
+}
+for name, (module, x) in CONVOLUTIONS.items():
+    shape = tuple(module.weight.shape)
+    for kind, adapters in {
+        "LoRA with a core": [locon(*shape), low_rank(*shape), locon(*shape, seed=5)],
+        "LoHa": [loha(*shape), loha(*shape, core=True, seed=9), low_rank(*shape)],
+        "LoKr": [lokr(*shape, form=form, seed=seed) for seed, form in enumerate(("whole", "low rank", "core"))],
+    }.items():
+        CASES[f"{kind}, {name}"] = (
+            module,
+            x,
+            [Piece(a, None, (1.0, -0.5, 0.3)[number], number) for number, a in enumerate(adapters)],
+        )
+CASES["LoHa, linear"] = (
+    nn.Linear(8, 12),
+    rand(2, 5, 8),
+    [
+        Piece(loha(12, 8), None, 1.0, 0),
+        Piece(loha(12, 8, rank=4, seed=9), None, -0.5, 1),
+        Piece(low_rank(12, 8), None, 0.3, 2),
+    ],
+)
+CASES["LoKr, bands of a linear"] = (
+    nn.Linear(8, 24),
+    rand(2, 5, 8),
+    [
+        Piece(lokr(12, 8), Band(0, 12), 1.0, 0),
+        Piece(lokr(12, 8, form="whole"), Band(12, 12), 1.0, 0),
+        Piece(lokr(24, 8, seed=4).narrowed(5, 9), Band(5, 9), -1.5, 1, 3.0),
+        Piece(lokr(24, 8, seed=4).swapped, None, 0.3, 2),
+        Piece(low_rank(12, 8), Band(0, 12), 0.3, 2),
+    ],
+)
+CASES["LoKr, 1x1 conv with matrices"] = (nn.Conv2d(8, 12, 1), rand(2, 8, 4, 4), [Piece(lokr(12, 8), None, 1.0, 0)])
 STRENGTHS = [1.0, -0.5, 0.3]
+
+
+def test_what_is_small_is_never_built():
+    """Else a live LoHa or LoKr would take the memory of the weights."""
+    for adapter, built in (
+        (loha(12, 8), False),
+        (loha(12, 8, rank=4), True),
+        (loha(12, 8, 3, core=True), True),
+        *((lokr(12, 8, 3, form=form), False) for form in ("whole", "low rank", "core")),
+        (locon(12, 8, 3), False),
+    ):
+        product = adapter.product()
+        assert (product is None) == built
+
+
+def by_entry(strengths, pieces):
+    return {piece.entry: strengths[piece.entry] for piece in pieces}
 
 
 def assert_near(found, exact):
@@ -81,14 +198,15 @@ def expected(module, x, pieces):
         rows = exact if piece.band is None else exact.narrow(0, piece.band.start, piece.band.length)
         rows += piece.strength * piece.adapter.delta(tuple(rows.shape), torch.float64)
     changed._parameters["weight"] = nn.Parameter(exact)
-    changed._parameters["bias"] = nn.Parameter(module.bias.detach().double())
+    if "bias" in changed._parameters:
+        changed._parameters["bias"] = nn.Parameter(module.bias.detach().double())
     return changed(x.double()).detach()
 
 
 def test_live_is_the_module_with_the_update_in_its_weight(case):
     module, x, pieces, live = case
     before = module.weight.clone()
-    live.set_strengths(STRENGTHS)
+    live.set_strengths(by_entry(STRENGTHS, pieces))
     live.install()
     try:
         found = module(x)
@@ -98,19 +216,23 @@ def test_live_is_the_module_with_the_update_in_its_weight(case):
     assert torch.equal(module.weight, before)
 
 
+def pointers(term):
+    return [tensor.data_ptr() for tensor in (*term.product, term.gains) if tensor is not None]
+
+
 def test_a_changed_strength_is_read_at_the_next_call_and_changes_no_tensor_but_one(case):
     module, x, pieces, live = case
-    live.set_strengths(STRENGTHS)
+    live.set_strengths(by_entry(STRENGTHS, pieces))
     live.install()
     try:
         module(x)
-        terms = [(term.up.data_ptr(), term.down.data_ptr(), term.gains.data_ptr()) for term in live._hooks[0].terms]
-        live.set_strengths([2.0, 0.0, -1.0])
+        terms = [pointers(term) for term in live._hooks[0].terms]
+        live.set_strengths(by_entry([2.0, 0.0, -1.0], pieces))
         found = module(x)
-        assert terms == [(t.up.data_ptr(), t.down.data_ptr(), t.gains.data_ptr()) for t in live._hooks[0].terms]
+        assert terms == [pointers(term) for term in live._hooks[0].terms]
     finally:
         live.remove()
-    changed = [Piece(p.adapter, p.band, [2.0, 0.0, -1.0][p.entry], p.entry) for p in pieces]
+    changed = [Piece(p.adapter, p.band, [2.0, 0.0, -1.0][p.entry] * p.factor, p.entry) for p in pieces]
     assert_near(found, expected(module, x, changed))
 
 
@@ -158,7 +280,7 @@ def test_another_hook_below_or_above_is_neither_lost_nor_kept(kind, order, remov
     x = rand(2, 8)
     plain = module(x)
     live, other = Live({"m": module}, {"m": [Piece(low_rank(12, 8), None, 1.0)]}), kind(module)
-    live.set_strengths([1.0])
+    live.set_strengths(dict(enumerate([1.0])))
     live.install()
     alone = module(x)
     live.remove()
@@ -178,7 +300,7 @@ def test_another_hook_below_or_above_is_neither_lost_nor_kept(kind, order, remov
 def test_other_dtypes_and_gradients_pass_through():
     module = nn.Linear(8, 12)
     live = Live({"m": module}, {"m": [Piece(low_rank(12, 8), None, 1.0)]})
-    live.set_strengths([1.0])
+    live.set_strengths(dict(enumerate([1.0])))
     live.install()
     try:
         x = rand(2, 8).requires_grad_()
@@ -210,12 +332,12 @@ def test_a_changed_strength_compiles_nothing_again():
     compiled = torch.compile(module, backend=backend)
     x = rand(2, 8)
     with torch.no_grad():
-        live.set_strengths([1.0, 1.0])
+        live.set_strengths(dict(enumerate([1.0, 1.0])))
         live.install()
         compiled(x)
         first = compiled(x)
         count = len(compilations)
-        live.set_strengths([0.25, -2.0])
+        live.set_strengths(dict(enumerate([0.25, -2.0])))
         second = compiled(x)
         live.remove()
         live.install()
@@ -225,3 +347,40 @@ def test_a_changed_strength_compiles_nothing_again():
     assert count >= 1 and len(compilations) <= count + 1  # one more without hooks
     assert not torch.equal(first, second) and torch.equal(second, again)
     torch.testing.assert_close(plain, module(x).detach())
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(8, 12), rand(2, 5, 8)),
+        (nn.Conv2d(8, 12, 3), rand(2, 8, 9, 9)),
+        (nn.LayerNorm(12), rand(2, 12)),
+        (nn.GroupNorm(3, 12), rand(2, 12, 4, 4)),
+    ],
+    ids=["linear", "conv", "layer norm", "group norm"],
+)
+def test_a_bias_gets_its_difference_beside_its_weight_and_nothing_stays(module, x):
+    bias, weight = rand(12), rand(*module.weight.shape, seed=1)
+    before = dict(module.__dict__)
+    pieces = {
+        "m.weight": [Piece(Full(weight), None, 1.0, 0)],
+        "m.bias": [Piece(Full(bias, 2.0), None, 1.0, 0), Piece(Full(bias[:4]), Band(2, 4), 1.0, 1)],
+    }
+    live = Live({"m.weight": module, "m.bias": module}, pieces)
+    live.set_strengths({0: 0.5, 1: -0.3})
+    exact = bias.double().clone()
+    exact[2:6] -= 0.3 * bias[:4].double()
+    plain = expected(module, x, [Piece(Full(weight), None, 0.5)])
+    for _ in range(2):
+        live.install()
+        found = module(x)
+        live.remove()
+        assert_near(found, plain + exact.reshape(-1, *[1] * (x.ndim - 2 if x.ndim == 4 else 0)))
+        assert module.__dict__ == before
+
+
+@pytest.mark.parametrize("name", ["m.weight", "m.bias"])
+def test_a_low_rank_update_of_a_vector_is_refused(name):
+    module = nn.LayerNorm(8) if name == "m.weight" else nn.Linear(8, 8)
+    with pytest.raises(TargetError, match="cannot run live"):
+        Live({name: module}, {name: [Piece(low_rank(8, 1), None, 1.0)]})

@@ -7,10 +7,11 @@ import json
 import pytest
 
 from lora_ops.cli import main
-from lora_ops.files import write
+from lora_ops.files import sha256, tensor_hash, write
 from lora_ops.lora import read_lora
-from lora_ops.report import report, trigger_words
+from lora_ops.report import report
 from lora_ops.samples import small_checkpoint, write_samples
+from lora_ops.words import TriggerWords
 
 
 @pytest.fixture(scope="module")
@@ -22,34 +23,20 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("metadata", "words"),
-    [
-        ({}, []),
-        ({"modelspec.trigger_phrase": "ink wash, sumi-e"}, ["ink wash", "sumi-e"]),
-        ({"modelspec.trigger_phrase": " ", "trigger_words": "zwx"}, ["zwx"]),
-        (
-            {
-                "ss_tag_frequency": json.dumps({"10_cat": {"zwx": 20, "cat ": 18, "sofa": 3}}),
-                "ss_dataset_dirs": json.dumps({"10_cat": {"n_repeats": 10, "img_count": 20}}),
-            },
-            ["zwx", "cat"],
-        ),
-        ({"ss_tag_frequency": json.dumps({"10_sks dog": {}})}, ["sks dog"]),
-        ({"ss_tag_frequency": "{broken"}, []),
-        ({"ss_tag_frequency": "[1]"}, []),
-        ({"ss_tag_frequency": json.dumps({"3_a": "text"})}, ["a"]),
-    ],
-)
-def test_trigger_words_come_from_the_author_then_from_the_captions(metadata, words):
-    assert trigger_words(metadata) == words
-
-
 def test_a_report_names_family_dialect_and_numbers(folder):
-    found = report(read_lora(str(folder / "ink_kohya.safetensors"))).data
-    assert (found["family"], found["dialect"], found["trigger_words"]) == ("sd15", "kohya", ["ink wash"])
+    found = report(read_lora(str(folder / "ink_kohya.safetensors")), TriggerWords()).data
+    assert (found["family"], found["dialect"], found["asked"]) == ("sd15", "kohya", None)
     assert found["modules"] == sum(found["parts"].values()) and found["parts"]["clip"] == 6
     assert set(found["rank"]) == {"4"} and set(found["scale"]) == {"0.5"} and set(found["alpha"]) == {"tensor"}
+
+
+def test_a_report_names_the_source_of_the_words_and_the_name_asked_for(folder):
+    words = TriggerWords(("ink wash", "sumi-e"), "ink.txt", ("ink.json is no JSON object.",))
+    found = report(read_lora(str(folder / "ink_kohya.safetensors")), words, "old/ink")
+    assert found.data["trigger_words"] == ["ink wash", "sumi-e"] and found.data["trigger_words_from"] == "ink.txt"
+    assert found.data["trigger_words_faults"] == ["ink.json is no JSON object."]
+    assert "trigger words: ink wash, sumi-e (from ink.txt)\nink.json is no JSON object." in found.text
+    assert found.data["asked"] == "old/ink" and "asked for as old/ink" in found.text
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "comfy", "diffusers", "peft"])
@@ -57,7 +44,8 @@ def test_the_command_line_reads_and_checks_every_dialect(folder, dialect, capsys
     file, model = str(folder / f"ink_{dialect}.safetensors"), str(folder / "base.safetensors")
     assert main(["info", file, "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
-    assert info["dialect"] == dialect and len(info["sha256"]) == 64
+    assert info["dialect"] == dialect and info["trigger_words_from"] == "modelspec.trigger_phrase"
+    assert (info["file_sha256"], info["sha256"]) == (sha256(file), tensor_hash(file))
     assert main(["check", file, "--model", model, "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["coverage"] == 1.0 and row["dialect"] == dialect and row["energy_landed"] == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from lora_ops.errors import StackError
@@ -42,6 +44,17 @@ def test_a_schedule_is_a_line_between_its_points_inside_its_window():
     assert not row.schedule.constant and Row("a").schedule.constant and Row("a").schedule.at(0.3) == 1
 
 
+def test_a_row_may_carry_the_hash_of_its_tensors():
+    digits = "0123456789ABCDEF" * 4
+    text = json.dumps({"version": 1, "rows": [{"lora": "a", "sha256": digits}, {"lora": "b", "sha256": ""}]})
+    assert parse(text) == (Row("a", sha256=digits.lower()), Row("b"))
+
+
+def test_a_row_keeps_the_text_of_its_blocks():
+    (row,) = parse('{"version":1,"rows":[{"lora":"a","blocks":" role:mlp=0.5, *.attn=2 "}]}')
+    assert row == Row("a", blocks="role:mlp=0.5, *.attn=2") and Row("a").blocks == ""
+
+
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_no_text_is_an_empty_stack(text):
     assert parse(text) == ()
@@ -62,19 +75,30 @@ def test_no_text_is_an_empty_stack(text):
         ('{"version":1,"rows":[{"lora":"a","strength":"1"}]}', "finite number"),
         ('{"version":1,"rows":[{"lora":"a","strength":NaN}]}', "finite number"),
         ('{"version":1,"rows":[{"lora":"a","on":1}]}', "true or false"),
-        ('{"version":1,"rows":[{"lora":"a","blocks":"x"}]}', "does not know: blocks"),
+        ('{"version":1,"rows":[{"lora":"a","block":"x"}]}', "does not know: block"),
+        ('{"version":1,"rows":[{"lora":"a","sha256":"abc"}]}', "64 hex digits"),
+        ('{"version":1,"rows":[{"lora":"a","sha256":"%s"}]}' % ("0" * 65), "64 hex digits"),
+        ('{"version":1,"rows":[{"lora":"a","sha256":5}]}', "64 hex digits"),
         ('{"version":1,"rows":[{"lora":"a","start":0.5,"end":0.5}]}', "within 0 to 1"),
         ('{"version":1,"rows":[{"lora":"a","end":1.5}]}', "within 0 to 1"),
         ('{"version":1,"rows":[{"lora":"a","schedule":"0:1"}]}', r"should be \[\[percent, factor\]"),
         ('{"version":1,"rows":[{"lora":"a","schedule":[[0,1,2]]}]}', r"should be \[\[percent, factor\]"),
         ('{"version":1,"rows":[{"lora":"a","schedule":[[0.5,1],[0.2,0]]}]}', "should rise"),
         ('{"version":1,"rows":[{"lora":"a","schedule":[[0,"1"]]}]}', "finite number"),
+        ('{"version":1,"rows":[{"lora":"a","blocks":0.5}]}', "blocks should be a text"),
+        ('{"version":1,"rows":[{"lora":"b"},{"lora":"a","blocks":"role:x=1"}]}', "Row 2 of the stack: 'x' is no role"),
         ('{"version":1,"rows":[],"more":1}', "unknown fields: more"),
         ('{"version":1,"rows":[{"lora":"a","lora":"b"}]}', "a field twice"),
         ('{"version":1,"rows":[{"lora":"a","strength":1%s}]}' % ("0" * 400), "finite number"),
         ("[" * 100_000, "no valid JSON"),
         ("{broken", "no valid JSON"),
         ("[1,2]", "should be"),
+        ("{[1]: 2}", "no valid JSON"),
+        ("{{1:2}:2}", "no valid JSON"),
+        ("{'version':1,'rows':[{'lora':'a','lora':'b'}]}", "a field twice"),
+        ('{"version":true,"rows":[]}', "version"),
+        ("<lora:ink:1_0>", "finite number"),
+        ("<lora:ink:1:\u0661>", "finite number"),
     ],
 )
 def test_what_would_have_to_be_guessed_is_refused(text, words):

@@ -556,8 +556,11 @@ def test_only_our_own_old_temporaries_are_removed(tmp_path):
         (tmp_path / name).write_bytes(b"x")
         if name != young:
             os.utime(tmp_path / name, (aged, aged))
-    (tmp_path / f".folder{writing.TEMPORARY}").mkdir()
-    os.utime(tmp_path / f".folder{writing.TEMPORARY}", (aged, aged))
+    for name in (f".folder{writing.TEMPORARY}", f".young{writing.TEMPORARY}", "folder"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"x")
+        if ".young" not in name:
+            os.utime(tmp_path / name, (aged, aged))
     files.write(tmp_path / "kurt.safetensors", {"a": torch.ones(1)}, overwrite=False)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {*others, f".folder{writing.TEMPORARY}", "kurt.safetensors"}
+    assert left == {*others, f".young{writing.TEMPORARY}", "folder", "kurt.safetensors"}

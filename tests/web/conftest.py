@@ -56,9 +56,9 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="session", params=RENDERERS)
+@pytest.fixture(scope="module", params=RENDERERS)
 def renderer(request, browser, server) -> Page:
-    """The page, loaded once for each renderer: that takes longer than any test."""
+    """The page, loaded once for each file of tests and renderer: that takes longer than any test."""
     return Page(browser, server, nodes2=request.param == "nodes2")
 
 

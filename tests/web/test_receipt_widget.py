@@ -209,6 +209,21 @@ def test_after_a_look_at_another_workflow_receipts_are_back_as_of_an_earlier_run
     assert (ran.run(TEXTS), ran.run(EXPIRED)) == (before, [True, True])
 
 
+def test_after_an_undo_the_next_run_is_shown(ran):
+    ran.run("""
+        const tracker = app.extensionManager.workflow.activeWorkflow.changeTracker;
+        tracker.captureCanvasState();
+        app.graph.nodes.find((node) => node.type === "LoraOpsStack").widgets[0].value = "<lora:ink:0.5>";
+        tracker.captureCanvasState();
+        await tracker.undo();
+    """)
+    ran.wait(f"return [...document.querySelectorAll('{RECEIPT}')].every((found) => found.matches('.expired'))")
+    assert ran.run("return app.graph.nodes.map((node) => node.widgets[0].value)")[0] == "<lora:ink:0.8:0.6>"
+    ran.run("app.graph.nodes.find((node) => node.type === 'LoraOpsStack').widgets[0].value = '<lora:ink:0.4>';")
+    assert ran.queue() == "execution_success"
+    ran.wait(f"return document.querySelectorAll('{RECEIPT}:not(.expired)').length === 2")
+
+
 def test_the_button_copies_the_receipt_as_json(ran):
     allow_clipboard(ran)
     ran.driver.find_element("css selector", f"{RECEIPT} button").click()

@@ -1,0 +1,132 @@
+"""Layouts: a LoRA written as the file that another program reads, its update unchanged to the bit.
+
+To add a layout: add a line to `LAYOUTS` below. Its names are those of the dialect that is called like it; what it says
+besides its tensors belongs in `metadata.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..algebra import exact
+from ..alpha import ADAPTER_CONFIG
+from ..errors import AdapterError, LoraOpsError
+from ..families import Family, Shapes
+from ..files import write as write_file
+from ..files import write_folder
+from ..lora import Lora
+from .base import Layout, Module
+from .metadata import configuration
+from .metadata import metadata as completed
+from .modules import modules
+
+_COMFYUI = "https://github.com/comfyanonymous/ComfyUI"
+
+LAYOUTS: tuple[Layout, ...] = (
+    Layout("kohya", ".lora_up.weight", ".lora_down.weight", ".alpha", _COMFYUI),
+    # With these suffixes diffusers' converters know the names, too (FLUX: loaders/lora_conversion_utils.py).
+    Layout("comfy", ".lora_up.weight", ".lora_down.weight", ".alpha", _COMFYUI),
+    # diffusers refuses a file that has alpha tensors beside its configuration.
+    Layout("diffusers", ".lora_B.weight", ".lora_A.weight", "", "diffusers"),
+    Layout("peft", ".lora_B.weight", ".lora_A.weight", "", "diffusers", folder=True),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Laid:
+    """What a layout puts into its files; config is PEFT's adapter_config.json, None where there is none."""
+
+    modules: tuple[Module, ...]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    config: Mapping[str, object] | None
+
+    @property
+    def folded(self) -> tuple[str, ...]:
+        """Modules made of parts of different scales: they alone are rounded, to float32."""
+        return tuple(module.full_name for module in self.modules if module.factors.folded)
+
+
+def write(
+    path: str | os.PathLike[str],
+    lora: Lora,
+    layout: Layout,
+    family: Family,
+    *,
+    shapes: Shapes | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+) -> Laid:
+    """Write a LoRA as a file or, for PEFT, a folder: whole or not at all. Returns what it wrote.
+
+    shapes are the model's in hand (None: the published one's). metadata is put over the source's. dtype rounds the
+    factors; None keeps each one's own. Raises FileError like files.write, and before it what laid_out raises.
+    """
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    made = {"modelspec.title": Path(path).stem, "modelspec.date": now}
+    laid = laid_out(
+        lora, layout, family, shapes=shapes, metadata={**made, **lora.metadata, **(metadata or {})}, dtype=dtype
+    )
+    if laid.config is None:
+        write_file(path, laid.tensors, laid.metadata, overwrite=overwrite)
+    else:
+        weights = {"adapter_model.safetensors": (laid.tensors, laid.metadata)}
+        config = {ADAPTER_CONFIG: json.dumps(laid.config, indent=2)}
+        write_folder(path, weights, config, overwrite=overwrite)
+    return laid
+
+
+def laid_out(
+    lora: Lora,
+    layout: Layout,
+    family: Family,
+    *,
+    shapes: Shapes | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Laid:
+    """A LoRA as a layout has it; metadata stands for the source's.
+
+    What is read back has the same scale to the bit: an alpha is a float32 where one says it, else a float64 (ComfyUI,
+    diffusers and A1111 take it as it is, sd-scripts rounds it).
+
+    Raises TargetError or AdapterError, naming file and module, if anything of the LoRA would be left out or overflow.
+    """
+    try:
+        written = tuple(
+            _rounded(module, dtype) for module in modules(lora, layout, family, shapes or family.published())
+        )
+    except LoraOpsError as error:
+        error.file = lora.name
+        raise
+    tensors = {key: tensor for module in written for key, tensor in _tensors(module, layout)}
+    told = completed(lora.metadata if metadata is None else metadata, layout, family.name, written)
+    config = {"peft_type": "LORA", "bias": "none", **configuration(written)} if layout.folder else None
+    return Laid(written, tensors, told, config)
+
+
+def _rounded(module: Module, dtype: torch.dtype | None) -> Module:
+    factors = module.factors
+    up, down = factors.up.to(dtype or factors.up.dtype), factors.down.to(dtype or factors.down.dtype)
+    if not all(extreme.isfinite() for factor in (up, down) for extreme in factor.float().aminmax()):
+        raise AdapterError(f"is too large for {up.dtype}.", module=module.full_name, remedy="Choose a wider dtype.")
+    return module._replace(factors=factors._replace(up=up, down=down))
+
+
+def _tensors(module: Module, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    yield module.full_name + layout.up, module.factors.up
+    yield module.full_name + layout.down, module.factors.down
+    if layout.alpha:
+        yield module.full_name + layout.alpha, exact(module.factors.alpha)
+
+
+__all__ = ["LAYOUTS", "Laid", "Layout", "laid_out", "write"]

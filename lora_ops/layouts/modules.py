@@ -1,0 +1,115 @@
+"""A Lora's modules as a layout has them: landed on the family, each weight spelled in the layout's dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from ..adapters import LowRank
+from ..dialects import DIALECTS, target_map
+from ..errors import AdapterError, LoraOpsError, TargetError, shown
+from ..families import Family, Shapes
+from ..landing import Landing, Piece, land
+from ..lora import Band, Lora, Target, TargetMap
+from ..stack import PARTS, Entry
+from .base import Layout, Module
+from .factors import factors, overlap
+
+PEFT_PREFIX = "base_model.model."  # PEFT looks for these names only
+
+
+class _Spelled(NamedTuple):
+    target: Target
+    network: str
+    prefix: str
+    name: str
+
+
+def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes) -> Iterator[Module]:
+    """Every module of the file to be, in the order of the source's.
+
+    Raises TargetError or AdapterError, naming the module, if anything of the LoRA would be left out.
+    """
+    _require_readable(lora, layout)
+    targets = target_map(family, shapes)
+    landing = land([Entry(lora, dict.fromkeys(PARTS, 1.0))], targets)
+    _require_landed(landing, family)
+    spelled = _spelled(layout, family, shapes, targets, landing.pieces.keys())
+    (row,) = landing.rows
+    source = {(target.part, target.key): module for module, (target, _) in row.landed.items()}
+    networks: set[str] = set()
+    for place, pieces in landing.pieces.items():
+        try:
+            _require_named(pieces, spelled[place], layout)
+            for each in spelled[place]:
+                if found := factors(pieces, each.target):
+                    yield Module(each.network, each.prefix, each.name, found)
+        except LoraOpsError as error:
+            error.module, error.remedy = source[place], error.remedy or "Choose another layout."
+            raise
+        networks.update(each.network for each in spelled[place])
+        if layout.folder and len(networks) > 1:
+            what = "is of a second network, and a PEFT folder is for one."
+            raise TargetError(what, module=source[place], remedy="Choose another layout.", networks=networks)
+
+
+def _require_readable(lora: Lora, layout: Layout) -> None:
+    for module, reason in lora.leftover:
+        raise AdapterError(f"cannot be read: {shown(reason)}.", module=module, remedy="Only a whole LoRA is written.")
+    for module, adapter in lora.modules.items():
+        if type(adapter) is not LowRank or adapter.mid is not None:
+            form = adapter.ALGEBRA if type(adapter) is not LowRank else "LoRA with a Tucker core"
+            what = f"is {form}, which the layout '{layout.name}' cannot hold."
+            raise AdapterError(what, module=module, remedy="Only plain LoRA is written.")
+    if not lora.modules:
+        raise AdapterError("has no modules.", remedy="There is nothing to write.")
+
+
+def _require_landed(landing: Landing, family: Family) -> None:
+    (row,) = landing.rows
+    for module, reason in row.refused:
+        what = f"has no place in {family.title}: {shown(reason)}."
+        raise TargetError(
+            what, module=module, remedy="Name the family or the model it was made for.", family=family.name
+        )
+    for part, (module, *_) in row.unconnected.items():
+        what = f"is for the {part}, of which no shapes are given."
+        raise TargetError(what, module=module, remedy="Give the shapes of all that it is for.", family=family.name)
+
+
+def _spelled(
+    layout: Layout, family: Family, shapes: Shapes, targets: TargetMap, places: Collection[tuple[str, str]]
+) -> Mapping[tuple[str, str], Sequence[_Spelled]]:
+    """Weight -> the names that mean its rows, none twice. A name that the reader takes for another place is none."""
+    (dialect,) = (dialect for dialect in DIALECTS if dialect.name == layout.name)
+    found: dict[tuple[str, str], list[_Spelled]] = {place: [] for place in places}
+    for component, network, inside in family.located(shapes):
+        (prefix, *_) = component.prefixes.get(dialect.prefix) or ("",)
+        if not prefix or (layout.folder and prefix != PEFT_PREFIX):
+            continue
+        for place in component.places(inside):
+            there, name = (component.part, network + place.key), dialect.spell("", place)
+            if name and there in found:
+                target = Target(*there, inside[place.key], place.band, place.swap)
+                read = targets.names.get(prefix + name)
+                if read and read.target == target:
+                    found[there].append(_Spelled(target, network, prefix, name))
+    return {place: _disjoint(names) for place, names in found.items()}
+
+
+def _disjoint(names: Sequence[_Spelled]) -> Sequence[_Spelled]:
+    """The name of the whole weight where there is one, else names of bands; the first of those for the same rows."""
+    chosen: list[_Spelled] = []
+    for each in sorted(names, key=lambda each: each.target.band is not None):
+        if not any(overlap(each.target.rows, other.target.rows).length for other in chosen):
+            chosen.append(each)
+    return chosen
+
+
+def _require_named(pieces: Sequence[Piece], names: Sequence[_Spelled], layout: Layout) -> None:
+    """Raises TargetError for rows that no name means."""
+    for piece in pieces:
+        bands = [each.target.rows for each in names]
+        rows = piece.band or Band(0, names[0].target.shape[0] if names else 1)
+        if sum(overlap(rows, band).length for band in bands) < rows.length:
+            raise TargetError(f"has no name in the layout '{layout.name}'.", layout=layout.name)
