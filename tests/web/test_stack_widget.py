@@ -40,6 +40,12 @@ ROUTE = """
     };
 """
 FACTORS = {"up": (320, 2), "down": (2, 320)}
+# Undoing is over once the host takes what is drawn for its latest state; a key before that would be an edit to undo.
+AT_REST = """
+    const {app} = window.comfyAPI.app, {changeTracker} = app.extensionManager.workflow.activeWorkflow;
+    const nodes = (state) => JSON.stringify(JSON.parse(JSON.stringify(state.nodes)));
+    return !changeTracker._restoringState && nodes(changeTracker.activeState) === nodes(app.graph.serialize());
+"""
 SAVED = "return {workflow: app.graph.serialize(), prompt: (await app.graphToPrompt()).output};"
 
 
@@ -272,13 +278,16 @@ def test_every_edit_is_one_step_back(stack, keys):
         lambda: (it.press("add"), it.pick("rows/half", keys.ENTER)),
     ):
         edit()
+        it.page.wait(AT_REST)
         values.append(it.value)
     assert len(set(values)) == 6
     for value in reversed(values[:-1]):
         it.chord(keys.CONTROL, "z")
         it.becomes(value)
+        it.page.wait(AT_REST)
     it.chord(keys.CONTROL, "y")
     it.becomes(values[1])
+    it.page.wait(AT_REST)
     it.page.wait(f"return document.querySelector('{STACK} .row:first-child')?.classList.contains('off')")
     it.press("on", 0)
     assert it.value == values[0]  # what is shown is what is there
