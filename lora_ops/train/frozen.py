@@ -1,0 +1,74 @@
+"""Frozen: a module's linear map, run without keeping its weight for the backward pass.
+
+The host runs nodes in inference mode, whose weights cannot be kept for backward; and where it casts, moves or
+de-quantises a weight for each call, keeping it would cost a copy of the model. Here the weight is asked for again when
+the gradient comes back, and only the input's shape is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# (module, a tensor whose device and dtype are wanted) -> its weight as the module uses it, and its bias
+WeightOf = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
+Forward = Callable[..., Tensor]
+
+
+def stored_weight(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The WeightOf modules that use their weight as it is."""
+    weight: Any = module.weight
+    bias: Any = module.bias
+    return weight.detach().to(like), None if bias is None else bias.detach().to(like)
+
+
+def is_map(module: nn.Module) -> bool:
+    """Whether a module is a linear map that runs frozen; the host's quantised Linear is no nn.Linear."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return isinstance(module, nn.Linear) or hasattr(module, "in_features")
+
+
+def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf) -> Tensor:
+    """forward(x), where forward is the module's own; its gradient is that of the module's map alone."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return forward(x)
+    found = _Frozen.apply(x, module, forward, weight_of)
+    assert isinstance(found, Tensor)
+    return found
+
+
+class _Frozen(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Forward, weight_of: WeightOf) -> Tensor:  # pyright: ignore
+        ctx.module, ctx.weight_of, ctx.shape, ctx.dtype = module, weight_of, x.shape, x.dtype
+        return forward(x.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+        weight, _ = ctx.weight_of(ctx.module, grad)
+        return _transposed(ctx.module, weight, grad, ctx.shape).to(ctx.dtype), None, None, None
+
+
+def _transposed(module: nn.Module, weight: Tensor, grad: Tensor, shape: Sequence[int]) -> Tensor:
+    """The gradient of the map's input, which had this shape."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return grad @ weight
+    found, _, _ = torch.ops.aten.convolution_backward(
+        grad,
+        grad.new_empty(1).expand(shape),  # nothing but its shape is used
+        weight,
+        None,
+        module.stride,
+        module.padding,
+        module.dilation,
+        False,
+        [0] * len(module.stride),
+        module.groups,
+        (True, False, False),
+    )
+    return found

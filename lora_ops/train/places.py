@@ -1,0 +1,97 @@
+"""Places: which targets of a model train, each with its rank and alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..errors import StackError, TargetError, shown
+from ..lora import Target, TargetMap
+from ..select import Pattern, Selector, choose
+
+PROJECTIONS = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0")  # what diffusers trains if it is not told otherwise
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The targets that a pattern means, and the rank and alpha (None: the rank) they train at; rank 0 leaves them out.
+
+    Of several aims that mean a target the last counts.
+    """
+
+    pattern: Pattern
+    rank: int = 16
+    alpha: float | None = None
+
+
+class Place(NamedTuple):
+    """A target that trains, and the module name that its adapter gets."""
+
+    module: str
+    target: Target
+    rank: int
+    alpha: float
+
+
+def projections(rank: int = 16, alpha: float | None = None) -> tuple[Aim, ...]:
+    """The attention's projections."""
+    return tuple(Aim(Pattern.parse(text), rank, alpha) for text in PROJECTIONS)
+
+
+def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
+    """The places of the denoiser that these aims mean, none overlapping another.
+
+    A name means the weight or band that has it; a role, or a pattern that means several cuts of one weight, its
+    smallest parts (q, k and v of FLUX's fused matrices).
+
+    Raises StackError for an aim that chooses nothing, TargetError if nothing is left to train.
+    """
+    choose([Selector(aim.pattern, 1.0) for aim in aims], targets)  # what no model of the family has, told by name
+    found: list[Place] = []
+    used: set[int] = set()
+    decided: dict[str, list[Target]] = {}
+    trainable = (t for t in targets.targets if t.part == "model" and len(t.shape) > 1 and not t.swap)
+    for target in sorted(trainable, key=lambda target: target.rows.length):
+        numbers = [number for number, aim in enumerate(aims) if _means(aim.pattern, target)]
+        there = decided.setdefault(target.key, [])
+        if not numbers or any(_overlap(target, other) for other in there):
+            used.update(numbers)
+            continue
+        there.append(target)
+        used.update(numbers)
+        aim = aims[numbers[-1]]
+        if aim.rank:
+            alpha = float(aim.rank) if aim.alpha is None else aim.alpha
+            found.append(Place(module_of(target, targets), target, aim.rank, alpha))
+    for number, aim in enumerate(aims):
+        if number not in used:
+            what = f"'{shown(aim.pattern.text)}' chooses no weight that can be trained."
+            raise StackError(what, remedy="Choose weights of the denoiser.", pattern=aim.pattern)
+    if not found:
+        raise TargetError("Nothing is left to train.", remedy="Choose at least one place with a rank above 0.")
+    order = {(target.key, target.band): number for number, target in enumerate(targets.targets)}
+    return tuple(sorted(found, key=lambda place: order[place.target.key, place.target.band]))
+
+
+def _means(pattern: Pattern, target: Target) -> bool:
+    """A band answers to its own names: its weight's key is the name of all rows."""
+    return pattern.matches(target.names if target.band is None else target.names[:-1], target.role)
+
+
+def _overlap(one: Target, other: Target) -> bool:
+    return one.rows.start < other.rows.end and other.rows.start < one.rows.end
+
+
+def module_of(target: Target, targets: TargetMap) -> str:
+    """The name under which a target's adapter is read again as this target's."""
+    for name in _names(target):
+        named = targets.names.get(name)
+        if named is not None and named.target == target:
+            return name
+    raise TargetError("has no name that a file could call it by.", module=target.key, remedy="Choose other places.")
+
+
+def _names(target: Target) -> Iterator[str]:
+    for prefix in ("diffusion_model.", "transformer.", "unet.", ""):
+        yield from (prefix + name for name in target.names)
