@@ -71,3 +71,7 @@ class TargetError(LoraOpsError):
 
 class StackError(LoraOpsError):
     """A stack's text or values cannot be understood."""
+
+
+class TrainingError(LoraOpsError):
+    """A training run cannot start as it is described, or cannot go on."""
