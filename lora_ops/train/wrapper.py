@@ -138,6 +138,12 @@ class Trained:
         assert now is not None
         return now if before is None else difference(now, before)
 
+    def factors_taken_off(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if self.taken_off is not None:
+            _mapped(self.taken_off, lambda name, tensor: found.setdefault(name, tensor))
+        return found
+
     def to(self, device: torch.device) -> None:
         """In place, so that an optimizer keeps its parameters."""
         for parameter in self.parameters.values():
