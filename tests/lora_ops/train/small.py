@@ -1,6 +1,6 @@
 """A model of three maps that answers noisy latents, its targets, and a plan for it: a run of milliseconds.
 
-As a program (`python small.py STATE RESULT OPTIMIZER ACCUMULATE STEPS`) it trains, goes on from STATE if that is there,
+As a program (`python -m tests.lora_ops.train.small STATE RESULT OPTIMIZER ACCUMULATE STEPS`) it trains, goes on from STATE if that is there,
 saves it after every step and writes what was learned to RESULT: what a test kills.
 """
 
@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
-sys.path[:0] = [str(Path(__file__).parents[3])]
 
 from lora_ops import files
 from lora_ops.lora import Named, Target, TargetMap

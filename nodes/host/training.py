@@ -1,0 +1,199 @@
+"""Training on the host: the modules, weights and answers of a MODEL that is loaded as it samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.patcher_extension
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.patcher_extension import PatcherInjection
+from torch import Tensor, nn
+
+from ...lora_ops.errors import TrainingError, shown
+from ...lora_ops.lora import TargetMap
+from ...lora_ops.train.data import Item
+from ...lora_ops.train.frozen import stored_weight
+from ...lora_ops.train.memory import OutOfPlace, Probe, checkpointed, probe
+from ...lora_ops.train.places import Place
+from ...lora_ops.train.wrapper import Wrapper
+from .patching import targets
+
+KEY = "lora_ops_train"
+NETWORK = "diffusion_model"
+# What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
+REFUSED = ("control", "gligen", "hooks", "area", "mask", "timestep_start", "timestep_end", "start_percent")
+SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
+
+
+def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A weight as the host computes with it: patched, de-quantised, brought from where it is."""
+    if not hasattr(module, "weight_function"):
+        return stored_weight(module, like)
+    found: Any = comfy.ops.cast_bias_weight(module, dtype=like.dtype, device=like.device, bias_dtype=like.dtype)
+    return found
+
+
+class Model:
+    """A MODEL to train on: its own patcher around the same modules; the MODEL stays what it is.
+
+    Its sampling hands out the model's answer as it is, instead of the picture that the answer means.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.patcher = model.clone()
+        self.sampling = self.patcher.get_model_object("model_sampling")
+        self.patcher.add_object_patch("model_sampling", _answering(self.sampling))
+        self.network: nn.Module = self.patcher.model.diffusion_model
+        self.modules = {f"{NETWORK}.{name}": module for name, module in self.network.named_modules() if name}
+        self._out_of_place = False
+
+    def targets(self) -> TargetMap:
+        return targets(self.patcher, None)
+
+    def norms(self, place: Place) -> Tensor:
+        """The norms of the rows of a place's weight, as the model is loaded."""
+        comfy.model_management.load_models_gpu([self.patcher])
+        like = torch.empty(0, device=self.patcher.load_device)
+        weight, _ = weight_of(self.modules[place.target.key.removesuffix(".weight")], like)
+        rows = place.target.rows
+        return torch.linalg.vector_norm(weight.narrow(0, rows.start, rows.length).flatten(1), dim=1)
+
+    @contextmanager
+    def running(
+        self, wrapper: Wrapper, batch: Sequence[Item], *, checkpointing: bool = False, memory: int = 0
+    ) -> Iterator[Probe]:
+        """While inside, the model is loaded with the wrapper in it, and answers with gradients; yields what a batch like
+        this one keeps for them.
+
+        The wrapper goes in before all other hooks, so that their gradients are autograd's. Raises TrainingError for a
+        model that cannot be trained through.
+        """
+        management, patcher = comfy.model_management, self.patcher
+        before = management.in_training
+        patcher.injections = {KEY: [_injection(wrapper)], **patcher.injections}
+        with torch.inference_mode(False), torch.enable_grad():
+            try:
+                management.load_models_gpu([patcher], memory_required=memory)
+                patcher.eject_model()  # what was in from an earlier clone
+                patcher.inject_model()
+                patcher.pre_run()
+                management.in_training = True
+                with checkpointed(self.network) if checkpointing else _nothing():
+                    yield self._examined(batch)
+            finally:
+                management.in_training = before
+                patcher.cleanup()
+                patcher.unpatch_model(unpatch_weights=False)
+                wrapper.remove()
+                patcher.injections.pop(KEY)
+
+    def _examined(self, items: Sequence[Item]) -> Probe:
+        """Whether the model adds in place, and answers the same when it does not."""
+        latent = torch.stack([item.latent for item in items]).to(self.patcher.load_device)
+        middle = self.sampling.sigmas[len(self.sampling.sigmas) // 2]
+        levels = middle.to(latent).expand(len(items)).clone()
+        conditions = [item.condition for item in items]
+        self._out_of_place = False
+        with torch.no_grad():
+            sampled = self.predict(latent, levels, conditions)
+        found = probe(lambda: self.predict(latent, levels, conditions))
+        if found.overwrites:
+            self._out_of_place = True
+            found = probe(lambda: self.predict(latent, levels, conditions))
+        if found.overwrites or (found.result - sampled).norm() > SAME * sampled.norm():
+            raise TrainingError("The model writes into its own tensors in a way that cannot be trained through.")
+        return found
+
+    def predict(self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Any]) -> Tensor:
+        """The model's answer in float32. conditions are those of items."""
+        with OutOfPlace() if self._out_of_place else _nothing():
+            encoded = [self._encoded(each, noisy[n : n + 1]) for n, each in enumerate(conditions)]
+            first = encoded[0]
+            if all(comfy.samplers.cond_equal_size(first, other) for other in encoded[1:]):
+                return self._answer(noisy, sigma, comfy.samplers.cond_cat(encoded))
+            answers = (
+                self._answer(noisy[n : n + 1], sigma[n : n + 1], comfy.samplers.cond_cat([each]))
+                for n, each in enumerate(encoded)
+            )
+            return torch.cat(list(answers))
+
+    def _encoded(self, condition: Sequence[Any], latent: Tensor) -> dict[str, Any]:
+        """What the model's own code makes of a conditioning for one latent."""
+        entries = comfy.sampler_helpers.convert_cond(condition)
+        options = {"latent_image": latent, "denoise_mask": None, "seed": 0}
+        (entry,) = comfy.samplers.encode_model_conds(
+            self.patcher.model.extra_conds, entries, latent, latent.device, "positive", **options
+        )
+        return {name: cond.process_cond(batch_size=1, area=None) for name, cond in entry["model_conds"].items()}
+
+    def _answer(self, noisy: Tensor, sigma: Tensor, conditioning: dict[str, Any]) -> Tensor:
+        patcher, count = self.patcher, len(noisy)
+        options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        told = options.setdefault("transformer_options", {})
+        for kind in ("wrappers", "callbacks"):
+            there = getattr(patcher, kind)
+            told[kind] = comfy.patcher_extension.merge_nested_dicts(told.get(kind, {}), there, copy_dict1=False)
+        told |= {"cond_or_uncond": [0] * count, "uuids": [None] * count, "sigmas": sigma, "sample_sigmas": sigma}
+        conditioning = {name: _to(value, noisy.device) for name, value in conditioning.items()}
+        conditioning["transformer_options"] = told
+        apply: Callable[..., Tensor] = patcher.model.apply_model
+        if wrapper := options.get("model_function_wrapper"):
+            call = {"input": noisy, "timestep": sigma, "c": conditioning, "cond_or_uncond": [0] * count}
+            return wrapper(apply, call)
+        return apply(noisy, sigma, **conditioning)
+
+    def item(self, latent: Tensor, condition: Sequence[Any], **more: Any) -> Item:
+        """An item from one latent of a LATENT (channels, …) and one CONDITIONING, in tensors that autograd takes.
+
+        Raises TrainingError for a conditioning that is more than a description of one picture.
+        """
+        if len(condition) != 1:
+            what = f"A picture has {len(condition)} conditionings at once; it should have one."
+            raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
+        ((cross, options),) = condition
+        for name in REFUSED:
+            if options.get(name) is not None:
+                what = f"A picture's conditioning has {shown(name)}, which training does not use."
+                raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
+        with torch.inference_mode(False):
+            scaled = self.patcher.model.process_latent_in(latent[None].float().clone())[0]
+            return Item(scaled, [[_copied(cross), _copied(options)]], **more)
+
+
+def _answering(sampling: Any) -> Any:
+    """The same sampling, whose pictures are the model's answers."""
+    kind = type(sampling)
+    found = copy.copy(sampling)
+    found.__class__ = type(kind.__name__, (kind,), {"calculate_denoised": lambda self, sigma, answer, x: answer})
+    return found
+
+
+def _injection(wrapper: Wrapper) -> PatcherInjection:
+    return PatcherInjection(inject=lambda _: wrapper.install(), eject=lambda _: wrapper.remove())
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(each) for each in value)
+    return value
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,307 @@
+"""Training on the host: every family learns one picture, through the host's own classes, and its model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from harness import inside
+
+# family -> width of its text, of its pooled text, a latent
+CASES = {
+    "sd15": (768, 0, (4, 16, 16)),
+    "sd2": (1024, 0, (4, 16, 16)),
+    "sdxl": (2048, 1280, (4, 16, 16)),
+    "sd35_medium": (64, 64, (16, 16, 16)),
+    "flux": (64, 768, (16, 16, 16)),
+    "flux2": (64, 0, (128, 8, 8)),
+    "flux2_klein": (64, 0, (128, 8, 8)),
+    "chroma": (64, 0, (16, 16, 16)),
+    "cascade_c": (1280, 1280, (16, 16, 16)),
+    "wan_t2v": (32, 0, (16, 1, 16, 16)),
+    "qwen_image": (64, 0, (16, 1, 16, 16)),
+    "lumina2": (64, 0, (16, 16, 16)),
+    "z_image": (64, 0, (16, 16, 16)),
+    "kandinsky5": (3584, 768, (16, 1, 16, 16)),
+}
+HEAVY = ("sdxl", "sd2")  # the UNets take seconds
+
+
+@pytest.fixture(scope="module")
+def train(ours):
+    """The pack's modules that training is made of."""
+
+    class Modules:
+        host, plan, loop = ours("nodes.host.training"), ours("lora_ops.train.plan"), ours("lora_ops.train.loop")
+        wrapper, timesteps = ours("lora_ops.train.wrapper"), ours("lora_ops.train.timesteps")
+        optimizers, places = ours("lora_ops.train.optimizers"), ours("lora_ops.train.places")
+        select, errors = ours("lora_ops.select"), ours("lora_ops.errors")
+
+    return Modules
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def conditioning(family, seed=0):
+    text, pooled, _ = CASES[family]
+    options = {"pooled_output": noise(1, pooled, seed=seed + 1) if pooled else None}
+    return [[noise(1, 7, text, seed=seed), options]]
+
+
+class Session:
+    """A model of a family, a plan and one item, as a node has them: in inference mode."""
+
+    def __init__(self, train, family, patcher=None, **plan):
+        self.train = train
+        with torch.inference_mode():
+            self.patcher = inside.model(family) if patcher is None else patcher
+            self.model = train.host.Model(self.patcher)
+            self.plan = train.plan.Plan(**{"steps": 16, "descent": train.optimizers.Descent(rate=5e-3)} | plan)
+            self.item = self.model.item(noise(*CASES[family][2], seed=3), conditioning(family))
+            targets = self.model.targets()
+            self.where = self.plan.places(targets)
+            adapters = self.plan.adapters(self.where, self.model.norms)
+            weights = train.host.weight_of
+            self.wrapper = train.wrapper.Wrapper(self.model.modules, adapters, weight_of=weights)
+            self.timesteps = train.timesteps.recommended(targets.family, self.model.sampling)
+            self.run = train.loop.Run(self.plan, self.wrapper)
+
+    def running(self, **more):
+        return self.model.running(self.wrapper, [self.item], **more)
+
+    def gradients(self, **more):
+        with torch.inference_mode(), self.running(**more):
+            args = self.run, [self.item], self.model.predict, self.model.sampling, self.timesteps
+            loss = self.train.loop._gradients(*args)
+            return loss, {name: p.grad.clone() for name, p in self.run.parameters.items() if p.grad is not None}
+
+    def learn(self, **more):
+        losses = []
+        with torch.inference_mode(), self.running(**more):
+            args = self.run, [self.item], self.model.predict, self.model.sampling, self.timesteps
+            self.train.loop.train(*args, progress=lambda done: losses.append(done.loss))
+        return losses
+
+
+def footprint(patcher):
+    attributes = {name: set(module.__dict__) for name, module in patcher.model.named_modules()}
+    return attributes, dict(patcher.model.named_parameters()), inside.weights(patcher)
+
+
+@pytest.mark.parametrize("family", [f for f in CASES if f not in HEAVY])
+def test_the_loss_of_one_picture_falls_and_the_model_stays_as_it_was(train, family):
+    import comfy.model_management
+
+    session = Session(train, family)
+    comfy.model_management.load_models_gpu([session.patcher])
+    attributes, parameters, weights = footprint(session.patcher)
+    sampling, state = session.patcher.model.model_sampling, torch.get_rng_state()
+    losses = session.learn()
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+    assert torch.equal(torch.get_rng_state(), state) and not comfy.model_management.in_training
+    assert session.patcher.model.model_sampling is sampling
+    after = footprint(session.patcher)
+    assert after[0] == attributes and all(after[1][name] is p for name, p in parameters.items())
+    assert all(torch.equal(after[2][key], weights[key]) for key in weights)
+
+
+@pytest.mark.parametrize("family", ["flux", "flux2", "cascade_c", "sd35_medium", "wan_t2v", "z_image"])
+def test_gradients_with_and_without_checkpointing_are_the_same(train, family):
+    """FLUX's blocks add in place: what computes them again finds their inputs overwritten if nothing is done."""
+    session = Session(train, family)
+    (loss, plain), (again, checkpointed) = session.gradients(), session.gradients(checkpointing=True)
+    assert loss == pytest.approx(again, rel=1e-6) and plain.keys() == checkpointed.keys()
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_are_those_of_the_merged_weights(train):
+    """Autograd through a copy of the model whose weights are W + s · up · down, in place of the frozen maps."""
+    session = Session(train, "flux")
+    with torch.no_grad():
+        for number, parameter in enumerate(session.run.parameters.values()):
+            parameter += 0.05 * noise(*parameter.shape, seed=number)
+    _, ours = session.gradients()
+    copied = copy.deepcopy(session.patcher.model.diffusion_model)
+    factors, merged = {}, {}
+    for each in session.wrapper.trained:
+        up, down = (each.parameters[name].detach().clone().requires_grad_() for name in ("up", "down"))
+        target, delta = each.place.target, up @ down
+        weight = merged.setdefault(target.key, copied.get_parameter(target.key.partition(".")[2]).detach().clone())
+        rows = target.rows
+        before, after = weight[: rows.start], weight[rows.end :]
+        merged[target.key] = torch.cat([before, weight[rows.start : rows.end] + delta, after])
+        factors |= {f"{each.place.module}.up": up, f"{each.place.module}.down": down}
+    original = session.patcher.model.diffusion_model
+    try:
+        session.patcher.model.diffusion_model = copied
+        session.model.network = copied
+        parameters = {key.partition(".")[2]: weight for key, weight in merged.items()}
+        forward = copied.forward
+        copied.forward = lambda *args, **kwargs: torch.func.functional_call(Called(forward), {}, args, kwargs)
+        for name, weight in parameters.items():
+            owner, _, attribute = name.rpartition(".")
+            module = copied.get_submodule(owner)
+            del module._parameters[attribute]
+            setattr(module, attribute, weight)
+        empty = train.wrapper.Wrapper({}, {})
+        with torch.inference_mode(), session.model.running(empty, [session.item]):
+            run = Bare(session.plan, empty, factors)
+            args = run, [session.item], session.model.predict, session.model.sampling, session.timesteps
+            train.loop._gradients(*args)
+    finally:
+        session.patcher.model.diffusion_model = original
+    for name, factor in factors.items():
+        assert factor.grad is not None
+        torch.testing.assert_close(ours[name], factor.grad, rtol=1e-3, atol=1e-6)
+
+
+class Called(torch.nn.Module):
+    def __init__(self, forward):
+        super().__init__()
+        self.forward = forward
+
+
+class Bare:
+    """What the loop's gradients need of a run."""
+
+    def __init__(self, plan, wrapper, parameters):
+        self.plan, self.wrapper, self.parameters, self.step, self.scaler = plan, wrapper, parameters, 0, None
+        self.optimizer = torch.optim.SGD(list(parameters.values()), lr=0.1)
+
+
+def test_diffusers_default_trains_797184_parameters_on_sd15(train, ours):
+    families, dialects = ours("lora_ops.families"), ours("lora_ops.dialects")
+    targets = dialects.published_map(next(f for f in families.FAMILIES if f.name == "sd15"))
+    where = train.places.places(targets, train.places.projections(4))
+    count = sum(p.rank * (p.target.delta_shape[0] + p.target.delta_shape[1]) for p in where)
+    assert (len(where), count) == (128, 797_184)
+
+
+def test_roles_mean_the_smallest_parts_and_names_what_they_name(train, ours):
+    families, dialects = ours("lora_ops.families"), ours("lora_ops.dialects")
+    targets = dialects.published_map(next(f for f in families.FAMILIES if f.name == "flux"))
+
+    def bands(*aims):
+        made = [train.places.Aim(train.select.Pattern.parse(text), rank) for text, rank in aims]
+        found = train.places.places(targets, made)
+        there = [place for place in found if place.target.key.endswith("single_blocks.7.linear1.weight")]
+        return [(place.target.rows.start, place.target.rows.length, place.rank) for place in there]
+
+    assert bands(("*.single_blocks.7.linear1", 8)) == [(0, 21504, 8)]
+    assert bands(("role:attn", 8)) == [(0, 3072, 8), (3072, 3072, 8), (6144, 3072, 8)]
+    assert bands(("role:attn", 8), ("*.to_k", 2)) == [(0, 3072, 8), (3072, 3072, 2), (6144, 3072, 8)]
+    assert bands(("role:attn", 8), ("*.to_k", 0)) == [(0, 3072, 8), (6144, 3072, 8)]
+    with pytest.raises(train.errors.StackError):
+        bands(("*.nowhere", 8))
+    with pytest.raises(train.errors.StackError, match="no weight that can be trained"):
+        bands(("role:attn", 8), ("role:text", 8))
+
+
+def test_what_was_learned_lands_again_and_is_written(train, ours, tmp_path):
+    session = Session(train, "flux")
+    session.learn()
+    learned = session.wrapper.lora("learned")
+    layouts, families = ours("lora_ops.layouts"), ours("lora_ops.families")
+    landing, stack, patching = ours("lora_ops.landing"), ours("lora_ops.stack"), ours("nodes.host.patching")
+    shapes = patching._shapes(session.patcher)
+    for layout in layouts.LAYOUTS[:3]:
+        path = tmp_path / f"{layout.name}.safetensors"
+        layouts.write(path, learned, layout, families.recognise(shapes), shapes=shapes)
+        lora = ours("lora_ops.lora").read_lora(str(path))
+        entry = stack.Entry(lora, {"model": 1.0, "clip": 1.0})
+        landed = landing.land([entry], session.model.targets())
+        landing.require_coverage(landed, 1.0)
+        applied = patching.applied(landed, "patch", session.patcher, None).model
+        with torch.inference_mode(), session.running():
+            trained = inside.call(session.patcher)
+        assert not torch.allclose(trained, inside.run(session.patcher), rtol=1e-2, atol=1e-2)
+        x = inside.run(applied)
+        assert (x - trained_picture(session, trained)).norm() < 1e-4 * x.norm()
+
+
+def trained_picture(session, answer):
+    """What a model's answer means, as its own sampling has it, on inside.call's input."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(1, 16, 16, 16, generator=generator)
+    return session.model.sampling.calculate_denoised(torch.tensor([0.5]), answer, x)
+
+
+def test_a_model_with_patches_and_live_loras_trains_as_it_samples(train, models, samples, apply):
+    """Zero steps: the model answers what it would with these LoRAs; and their part is in the gradients."""
+    model = models["flux"]
+    both = apply(
+        apply(model, (samples(model, 0, seed=1), 0.8), mode="patch"), (samples(model, 2, seed=2), 0.5), mode="live"
+    )
+    sampled = inside.run(both)
+    patched = apply(model, (samples(model, 0, seed=1), 0.8), (samples(model, 2, seed=2), 0.5), mode="patch")
+    found = []
+    for each in (both, patched):
+        session = Session(train, "flux", each)
+        with torch.inference_mode(), session.running():
+            answer = inside.call(session.patcher)
+        assert (trained_picture(session, answer) - sampled).norm() < 1e-5 * sampled.norm()
+        found.append(session.gradients()[1])
+    for name in found[0]:
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-6)
+    assert torch.equal(inside.run(both), sampled)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_models_of_other_types_learn(train, dtype):
+    patcher = inside.model("flux", dtype)
+    before = inside.weights(patcher)
+    losses = Session(train, "flux", patcher).learn()
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+    assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
+
+
+def test_a_quantised_model_learns(train):
+    """The host's quantised Linear, which is no nn.Linear: its gradient is that of the de-quantised weight."""
+    from comfy.ops import mixed_precision_ops
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    patcher = inside.model("flux")
+    block = patcher.model.diffusion_model.double_blocks[0].img_attn
+    plain = block.qkv
+    with torch.inference_mode():
+        quantised = mixed_precision_ops({}, torch.float32).Linear(plain.in_features, plain.out_features)
+        layout = QUANT_ALGOS["float8_e4m3fn"]["comfy_tensor_layout"]
+        weight = QuantizedTensor.from_float(plain.weight.data, layout)
+        quantised.weight = torch.nn.Parameter(weight, requires_grad=False)
+        quantised.bias = plain.bias
+        block.qkv = quantised
+    losses = Session(train, "flux", patcher).learn()
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+
+
+@pytest.mark.parametrize("algebra", ["dora", "lokr", "loha", "oft"])
+def test_every_algebra_learns(train, algebra):
+    rank = train.places.projections(4)
+    losses = Session(train, "sd35_medium", algebra=algebra, aims=rank, steps=12).learn()
+    assert losses[-1] < losses[0], losses
+
+
+def test_pictures_of_different_prompts_train_in_one_batch_as_alone(train):
+    session = Session(train, "sd35_medium", batch=2)
+    with torch.inference_mode():
+        other = session.model.item(noise(16, 16, 16, seed=4), conditioning("sd35_medium", seed=9))
+        with session.running():
+            x, sigma = noise(2, 16, 16, 16, seed=5), torch.tensor([0.3, 0.8])
+            conditions = [session.item.condition, other.condition]
+            both = session.model.predict(x, sigma, conditions)
+            for n in range(2):
+                alone = session.model.predict(x[n : n + 1], sigma[n : n + 1], conditions[n : n + 1])
+                torch.testing.assert_close(both[n : n + 1], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_conditioning_that_is_no_plain_prompt_is_refused(train):
+    session = Session(train, "sd35_medium")
+    ((cross, options),) = conditioning("sd35_medium")
+    for wrong in ([[cross, options | {"control": object()}]], [[cross, options]] * 2, []):
+        with pytest.raises(train.errors.TrainingError):
+            session.model.item(noise(16, 16, 16), wrong)
