@@ -37,7 +37,7 @@ OTHERS = {  # families of which only some tests have a model
     "wan_t2v": {"dim": 128, "num_heads": 1, "ffn_dim": 128, "num_layers": 1, "text_dim": 32},
     "qwen_image": {"num_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64},
     "lumina2": {"dim": 96, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1, "cap_feat_dim": 64},
-    "z_image": {"dim": 128, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1, "cap_feat_dim": 64},
+    "z_image": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "cap_feat_dim": 64},
     "kandinsky5": {
         "model_dim": 64,
         "time_dim": 32,

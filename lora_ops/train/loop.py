@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -101,13 +101,14 @@ def train(
     sampling: Sampling,
     timesteps: Timesteps,
     *,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
     held_out: Sequence[Item] = (),
     save: Callable[[Run, bool], None] = lambda run, best: None,
     progress: Callable[[Progress], None] = lambda done: None,
 ) -> None:
     """Carry the run's plan out from the step where it is. The wrapper is in its model already.
 
-    save(run, best) is called every save_every steps, at the end, and before anything that stops the run leaves here,
+    around gives what each forward pass and its backward pass run in. save(run, best) is called every save_every steps, at the end, and before anything that stops the run leaves here,
     progress's exceptions too, that of whoever cancels: what was learned until then is kept. best: it is the best state
     by the held-out items.
 
@@ -120,7 +121,7 @@ def train(
         while run.step < plan.steps:
             began = time.perf_counter()
             rate = float(run.optimizer.param_groups[0]["lr"])
-            loss = _gradients(run, items, predict, sampling, timesteps)
+            loss = _gradients(run, items, predict, sampling, timesteps, around)
             if not math.isfinite(loss):
                 raise _diverged(run, "loss")
             if not run.advance():
@@ -147,7 +148,14 @@ def train(
         raise
 
 
-def _gradients(run: Run, items: Sequence[Item], predict: Predict, sampling: Sampling, timesteps: Timesteps) -> float:
+def _gradients(
+    run: Run,
+    items: Sequence[Item],
+    predict: Predict,
+    sampling: Sampling,
+    timesteps: Timesteps,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
     """The gradients of a step, of all its items alike however they are split into batches; returns their mean loss."""
     plan, step = run.plan, run.step
     run.optimizer.zero_grad(set_to_none=True)
@@ -160,8 +168,9 @@ def _gradients(run: Run, items: Sequence[Item], predict: Predict, sampling: Samp
         run.wrapper.draw = Draw(plan.seed, step, number)
         now = moments[position : position + len(part)]
         there = [items[each] for each in part]
-        loss = _loss(run, there, now, noises, predict, sampling, timesteps).sum() / count
-        (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+        with around():
+            loss = _loss(run, there, now, noises, predict, sampling, timesteps).sum() / count
+            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach().cpu().double()
         position += len(part)
     run.wrapper.draw = None

@@ -10,17 +10,18 @@ from ..errors import StackError, TargetError, shown
 from ..lora import Target, TargetMap
 from ..select import Pattern, Selector, choose
 
-PROJECTIONS = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0")  # what diffusers trains if it is not told otherwise
+# What diffusers trains if it is not told otherwise, and the same projections where a family calls them otherwise.
+PROJECTIONS = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.to_query", "*.to_key", "*.to_value", "*.out_layer")
 
 
 @dataclass(frozen=True)
 class Aim:
     """The targets that a pattern means, and the rank and alpha (None: the rank) they train at; rank 0 leaves them out.
 
-    Of several aims that mean a target the last counts.
+    Without a pattern it means the projections of attention. Of several aims that mean a target the last counts.
     """
 
-    pattern: Pattern
+    pattern: Pattern | None = None
     rank: int = 16
     alpha: float | None = None
 
@@ -34,11 +35,6 @@ class Place(NamedTuple):
     alpha: float
 
 
-def projections(rank: int = 16, alpha: float | None = None) -> tuple[Aim, ...]:
-    """The attention's projections."""
-    return tuple(Aim(Pattern.parse(text), rank, alpha) for text in PROJECTIONS)
-
-
 def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
     """The places of the denoiser that these aims mean, none overlapping another.
 
@@ -47,7 +43,7 @@ def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
 
     Raises StackError for an aim that chooses nothing, TargetError if nothing is left to train.
     """
-    choose([Selector(aim.pattern, 1.0) for aim in aims], targets)  # what no model of the family has, told by name
+    choose([Selector(aim.pattern, 1.0) for aim in aims if aim.pattern], targets)  # told by name: what no model has
     found: list[Place] = []
     used: set[int] = set()
     decided: dict[str, list[Target]] = {}
@@ -66,7 +62,8 @@ def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
             found.append(Place(module_of(target, targets), target, aim.rank, alpha))
     for number, aim in enumerate(aims):
         if number not in used:
-            what = f"'{shown(aim.pattern.text)}' chooses no weight that can be trained."
+            chosen = f"'{shown(aim.pattern.text)}'" if aim.pattern else "Attention's projections"
+            what = f"{chosen} chooses no weight that can be trained."
             raise StackError(what, remedy="Choose weights of the denoiser.", pattern=aim.pattern)
     if not found:
         raise TargetError("Nothing is left to train.", remedy="Choose at least one place with a rank above 0.")
@@ -74,8 +71,13 @@ def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
     return tuple(sorted(found, key=lambda place: order[place.target.key, place.target.band]))
 
 
-def _means(pattern: Pattern, target: Target) -> bool:
+_ATTENTION = tuple(Pattern.parse(text) for text in PROJECTIONS)
+
+
+def _means(pattern: Pattern | None, target: Target) -> bool:
     """A band answers to its own names: its weight's key is the name of all rows."""
+    if pattern is None:
+        return "attn" in target.role and any(_means(each, target) for each in _ATTENTION)
     return pattern.matches(target.names if target.band is None else target.names[:-1], target.role)
 
 

@@ -14,7 +14,7 @@ from ..errors import AdapterError, TrainingError, shown
 from ..lora import TargetMap
 from .objectives import Objective
 from .optimizers import Descent
-from .places import Aim, Place, places, projections
+from .places import Aim, Place, places
 from .randomness import generator
 from .starts import MAGNITUDES, STARTS, start
 from .timesteps import Timesteps
@@ -30,7 +30,7 @@ class Plan:
     """
 
     steps: int
-    aims: tuple[Aim, ...] = field(default_factory=projections)
+    aims: tuple[Aim, ...] = (Aim(),)
     algebra: str = "lora"
     rank_stabilised: bool = False
     dropout: float = 0.0
@@ -90,7 +90,7 @@ class Plan:
 
     def told(self) -> str:
         """As text, for the state and the file's metadata."""
-        values = asdict(self) | {"aims": [[a.pattern.text, a.rank, a.alpha] for a in self.aims]}
+        values = asdict(self) | {"aims": [[a.pattern and a.pattern.text, a.rank, a.alpha] for a in self.aims]}
         return json.dumps(values, default=str, sort_keys=True)
 
 

@@ -204,6 +204,7 @@ class Hook:
 
     def install(self) -> None:
         if not any(turn.active for turn in self._turns):
+            self.remove()  # what another's hook kept from going
             inside = self.module.forward
             if getattr(inside, "__func__", None) is not type(self.module).forward:
                 what = "runs with another extension's change inside, whose gradient is not known."
@@ -272,6 +273,7 @@ class _Place(NamedTuple):
         if isinstance(adapter, DoRA):
             return self._dora(adapter, weight, bias, x, y)
         assert isinstance(adapter, Transform)
+        weight = weight.clone() if weight.is_inference() else weight
         return self.kind.run(x, adapter.changed(weight) - weight)
 
     def _additive(self, adapter: Additive, x: Tensor) -> Tensor:

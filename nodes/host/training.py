@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import comfy.model_management
@@ -24,6 +24,7 @@ from ...lora_ops.train.frozen import stored_weight
 from ...lora_ops.train.memory import OutOfPlace, Probe, checkpointed, probe
 from ...lora_ops.train.places import Place
 from ...lora_ops.train.wrapper import Wrapper
+from .caches import hooks_of
 from .patching import targets
 
 KEY = "lora_ops_train"
@@ -53,7 +54,7 @@ class Model:
         self.patcher.add_object_patch("model_sampling", _answering(self.sampling))
         self.network: nn.Module = self.patcher.model.diffusion_model
         self.modules = {f"{NETWORK}.{name}": module for name, module in self.network.named_modules() if name}
-        self._out_of_place = False
+        self._out_of_place = self._copying = False
 
     def targets(self) -> TargetMap:
         return targets(self.patcher, None)
@@ -70,11 +71,11 @@ class Model:
     def running(
         self, wrapper: Wrapper, batch: Sequence[Item], *, checkpointing: bool = False, memory: int = 0
     ) -> Iterator[Probe]:
-        """While inside, the model is loaded with the wrapper in it, and answers with gradients; yields what a batch like
-        this one keeps for them.
+        """While inside, the model is loaded with the wrapper in it, and answers with gradients; yields what a batch
+        like this one keeps for them.
 
         The wrapper goes in before all other hooks, so that their gradients are autograd's. Raises TrainingError for a
-        model that cannot be trained through.
+        model whose blocks cannot be computed again.
         """
         management, patcher = comfy.model_management, self.patcher
         before = management.in_training
@@ -86,8 +87,8 @@ class Model:
                 patcher.inject_model()
                 patcher.pre_run()
                 management.in_training = True
-                with checkpointed(self.network) if checkpointing else _nothing():
-                    yield self._examined(batch)
+                with checkpointed(self.network) if checkpointing else nullcontext():
+                    yield self._examined(batch, checkpointing)
             finally:
                 management.in_training = before
                 patcher.cleanup()
@@ -95,26 +96,38 @@ class Model:
                 wrapper.remove()
                 patcher.injections.pop(KEY)
 
-    def _examined(self, items: Sequence[Item]) -> Probe:
+    def _examined(self, items: Sequence[Item], checkpointing: bool) -> Probe:
         """Whether the model adds in place, and answers the same when it does not."""
         latent = torch.stack([item.latent for item in items]).to(self.patcher.load_device)
         middle = self.sampling.sigmas[len(self.sampling.sigmas) // 2]
         levels = middle.to(latent).expand(len(items)).clone()
         conditions = [item.condition for item in items]
-        self._out_of_place = False
+        self._out_of_place = self._copying = False
         with torch.no_grad():
             sampled = self.predict(latent, levels, conditions)
-        found = probe(lambda: self.predict(latent, levels, conditions))
+
+        def same(found: Probe) -> bool:
+            return bool((found.result - sampled).norm() <= SAME * sampled.norm())
+
+        plain = found = probe(lambda: self.predict(latent, levels, conditions))
         if found.overwrites:
             self._out_of_place = True
             found = probe(lambda: self.predict(latent, levels, conditions))
-        if found.overwrites or (found.result - sampled).norm() > SAME * sampled.norm():
-            raise TrainingError("The model writes into its own tensors in a way that cannot be trained through.")
-        return found
+        if same(found) and not found.overwrites:
+            return found
+        self._out_of_place, self._copying = False, True
+        if checkpointing:
+            what = "The model, or a live LoRA on it, writes into its own tensors, which cannot be computed again."
+            raise TrainingError(what, remedy="Turn checkpointing off, or put the LoRA on it in mode patch.")
+        return plain
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What a forward pass and its backward pass run in: copies of what a model writes over, where it must be."""
+        return torch.autograd.graph.allow_mutation_on_saved_tensors() if self._copying else nullcontext()
 
     def predict(self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Any]) -> Tensor:
         """The model's answer in float32. conditions are those of items."""
-        with OutOfPlace() if self._out_of_place else _nothing():
+        with OutOfPlace() if self._out_of_place else nullcontext():
             encoded = [self._encoded(each, noisy[n : n + 1]) for n, each in enumerate(conditions)]
             first = encoded[0]
             if all(comfy.samplers.cond_equal_size(first, other) for other in encoded[1:]):
@@ -177,7 +190,15 @@ def _answering(sampling: Any) -> Any:
 
 
 def _injection(wrapper: Wrapper) -> PatcherInjection:
-    return PatcherInjection(inject=lambda _: wrapper.install(), eject=lambda _: wrapper.remove())
+    """Our live hooks may still be in from another clone: they come on top again, with their own injection."""
+
+    def inject(patcher: Any) -> None:
+        installed = hooks_of(patcher.model).installed
+        if installed is not None:
+            installed.remove()
+        wrapper.install()
+
+    return PatcherInjection(inject=inject, eject=lambda _: wrapper.remove())
 
 
 def _copied(value: Any) -> Any:
@@ -192,8 +213,3 @@ def _copied(value: Any) -> Any:
 
 def _to(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

@@ -1,4 +1,4 @@
-"""Training on the host: every family learns one picture, through the host's own classes, and its model stays as it was."""
+"""Training on the host: every family learns one picture, through the host's own classes; its model stays as it was."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ class Session:
         self.train = train
         with torch.inference_mode():
             self.patcher = inside.model(family) if patcher is None else patcher
+            for name, buffer in self.patcher.model.diffusion_model.named_buffers():
+                buffer.copy_(torch.zeros_like(buffer)) if name == "pos_embed" else None  # else it is uninitialised
             self.model = train.host.Model(self.patcher)
-            self.plan = train.plan.Plan(**{"steps": 16, "descent": train.optimizers.Descent(rate=5e-3)} | plan)
+            self.plan = train.plan.Plan(**{"steps": 16, "descent": train.optimizers.Descent(rate=1e-2)} | plan)
             self.item = self.model.item(noise(*CASES[family][2], seed=3), conditioning(family))
             targets = self.model.targets()
             self.where = self.plan.places(targets)
@@ -76,15 +78,16 @@ class Session:
     def gradients(self, **more):
         with torch.inference_mode(), self.running(**more):
             args = self.run, [self.item], self.model.predict, self.model.sampling, self.timesteps
-            loss = self.train.loop._gradients(*args)
+            loss = self.train.loop._gradients(*args, self.model.around)
             return loss, {name: p.grad.clone() for name, p in self.run.parameters.items() if p.grad is not None}
 
     def learn(self, **more):
-        losses = []
+        """The loss before and after, at moments and noise that are always the same."""
         with torch.inference_mode(), self.running(**more):
             args = self.run, [self.item], self.model.predict, self.model.sampling, self.timesteps
-            self.train.loop.train(*args, progress=lambda done: losses.append(done.loss))
-        return losses
+            before = self.train.loop.validate(*args)
+            self.train.loop.train(*args, around=self.model.around)
+            return before, self.train.loop.validate(*args)
 
 
 def footprint(patcher):
@@ -100,13 +103,13 @@ def test_the_loss_of_one_picture_falls_and_the_model_stays_as_it_was(train, fami
     comfy.model_management.load_models_gpu([session.patcher])
     attributes, parameters, weights = footprint(session.patcher)
     sampling, state = session.patcher.model.model_sampling, torch.get_rng_state()
-    losses = session.learn()
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+    before, after = session.learn()
+    assert after < 0.99 * before
     assert torch.equal(torch.get_rng_state(), state) and not comfy.model_management.in_training
     assert session.patcher.model.model_sampling is sampling
-    after = footprint(session.patcher)
-    assert after[0] == attributes and all(after[1][name] is p for name, p in parameters.items())
-    assert all(torch.equal(after[2][key], weights[key]) for key in weights)
+    now = footprint(session.patcher)
+    assert now[0] == attributes and all(now[1][name] is p for name, p in parameters.items())
+    assert all(torch.equal(now[2][key], weights[key]) for key in weights)
 
 
 @pytest.mark.parametrize("family", ["flux", "flux2", "cascade_c", "sd35_medium", "wan_t2v", "z_image"])
@@ -177,7 +180,7 @@ class Bare:
 def test_diffusers_default_trains_797184_parameters_on_sd15(train, ours):
     families, dialects = ours("lora_ops.families"), ours("lora_ops.dialects")
     targets = dialects.published_map(next(f for f in families.FAMILIES if f.name == "sd15"))
-    where = train.places.places(targets, train.places.projections(4))
+    where = train.places.places(targets, [train.places.Aim(rank=4)])
     count = sum(p.rank * (p.target.delta_shape[0] + p.target.delta_shape[1]) for p in where)
     assert (len(where), count) == (128, 797_184)
 
@@ -227,6 +230,7 @@ def test_what_was_learned_lands_again_and_is_written(train, ours, tmp_path):
 def trained_picture(session, answer):
     """What a model's answer means, as its own sampling has it, on inside.call's input."""
     generator = torch.Generator().manual_seed(1)
+    torch.randn(1, 768, generator=generator)  # the pooled text comes first
     x = torch.randn(1, 16, 16, 16, generator=generator)
     return session.model.sampling.calculate_denoised(torch.tensor([0.5]), answer, x)
 
@@ -249,14 +253,17 @@ def test_a_model_with_patches_and_live_loras_trains_as_it_samples(train, models,
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-3, atol=1e-6)
     assert torch.equal(inside.run(both), sampled)
+    with pytest.raises(train.errors.TrainingError, match="computed again"):
+        Session(train, "flux", both).gradients(checkpointing=True)
+    assert torch.equal(inside.run(both), sampled)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_models_of_other_types_learn(train, dtype):
     patcher = inside.model("flux", dtype)
     before = inside.weights(patcher)
-    losses = Session(train, "flux", patcher).learn()
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+    loss, lower = Session(train, "flux", patcher).learn()
+    assert lower < 0.97 * loss
     assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
 
 
@@ -273,17 +280,17 @@ def test_a_quantised_model_learns(train):
         layout = QUANT_ALGOS["float8_e4m3fn"]["comfy_tensor_layout"]
         weight = QuantizedTensor.from_float(plain.weight.data, layout)
         quantised.weight = torch.nn.Parameter(weight, requires_grad=False)
+        quantised.quant_format, quantised.layout_type = "float8_e4m3fn", layout
         quantised.bias = plain.bias
         block.qkv = quantised
-    losses = Session(train, "flux", patcher).learn()
-    assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), losses
+    loss, lower = Session(train, "flux", patcher).learn()
+    assert lower < 0.97 * loss
 
 
 @pytest.mark.parametrize("algebra", ["dora", "lokr", "loha", "oft"])
 def test_every_algebra_learns(train, algebra):
-    rank = train.places.projections(4)
-    losses = Session(train, "sd35_medium", algebra=algebra, aims=rank, steps=12).learn()
-    assert losses[-1] < losses[0], losses
+    loss, lower = Session(train, "sd35_medium", algebra=algebra, aims=(train.places.Aim(rank=4),)).learn()
+    assert lower < 0.99 * loss
 
 
 def test_pictures_of_different_prompts_train_in_one_batch_as_alone(train):

@@ -1,6 +1,7 @@
 """A model of three maps that answers noisy latents, its targets, and a plan for it: a run of milliseconds.
 
-As a program (`python -m tests.lora_ops.train.small STATE RESULT OPTIMIZER ACCUMULATE STEPS`) it trains, goes on from STATE if that is there,
+As a program (`python -m tests.lora_ops.train.small STATE RESULT OPTIMIZER ACCUMULATE STEPS`) it trains, goes on from
+STATE if that is there,
 saves it after every step and writes what was learned to RESULT: what a test kills.
 """
 
