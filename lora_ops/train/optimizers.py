@@ -57,6 +57,8 @@ class Descent:
         if self.optimizer not in OPTIMIZERS:
             known = ", ".join(OPTIMIZERS)
             raise TrainingError(f"'{shown(self.optimizer)}' is no optimizer here.", remedy=f"Choose one of {known}.")
+        if self.optimizer == "prodigy" and self.up_factor != 1:
+            raise TrainingError("Prodigy finds one rate for all that trains.", remedy="Set up_factor to 1.")
 
     def optimizer_of(self, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
         """Raises TrainingError where its package is missing or an option is none of its own."""

@@ -1,37 +1,42 @@
-"""A model of three maps that answers noisy latents, its targets, and a plan for it: a run of milliseconds.
-
-As a program (`python -m tests.lora_ops.train.small STATE RESULT OPTIMIZER ACCUMULATE STEPS`) it trains, goes on from
-STATE if that is there,
-saves it after every step and writes what was learned to RESULT: what a test kills.
-"""
+"""A model of a few maps that answers noisy latents, its targets, and a plan for it: a run of milliseconds."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
-from pathlib import Path
+from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import nn
 
-from lora_ops import files
 from lora_ops.lora import Named, Target, TargetMap
 from lora_ops.select import Pattern
-from lora_ops.train import state
 from lora_ops.train.data import Item
 from lora_ops.train.loop import Run, train
+from lora_ops.train.memory import checkpointed
 from lora_ops.train.optimizers import Descent
-from lora_ops.train.places import Aim
+from lora_ops.train.places import Aim, Place
 from lora_ops.train.plan import Plan
 from lora_ops.train.timesteps import Timesteps
 from lora_ops.train.wrapper import Wrapper
+
+
+class Block(nn.Module):
+    """It adds in place, as FLUX's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x += self.out(torch.tanh(self.inner(x)))
+        return x
 
 
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Conv2d(4, 16, 3, padding=1)
-        self.mixed = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList([Block()])
         self.last = nn.Conv2d(16, 4, 3, padding=1)
         draws = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
@@ -39,7 +44,10 @@ class Model(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=draws) / max(1, parameter[0].numel()) ** 0.5)
 
     def forward(self, x):
-        return self.last(torch.tanh(self.mixed(torch.tanh(self.first(x)).mT).mT))
+        x = torch.tanh(self.first(x)).mT
+        for block in self.blocks:
+            x = block(x.clone())
+        return self.last(torch.tanh(x.mT))
 
 
 class Flow:
@@ -80,15 +88,22 @@ def items(count: int = 5) -> list[Item]:
     return [Item(torch.randn(4, 16, 16, generator=draws)) for _ in range(count)]
 
 
+@cache
+def places(aims: tuple[Aim, ...]) -> tuple[Place, ...]:
+    return Plan(1, aims).places(targets(Model()))
+
+
 class Small:
     """A run on a model of its own."""
 
-    def __init__(self, plan: Plan = PLAN, data: list[Item] | None = None, **wrapped) -> None:
+    def __init__(
+        self, plan: Plan = PLAN, data: list[Item] | None = None, checkpointing: bool = False, **wrapped
+    ) -> None:
+        self.checkpointing = checkpointing
         self.model, self.items = Model(), items() if data is None else data
         modules = {name: module for name, module in self.model.named_modules() if name}
-        where = plan.places(targets(self.model))
         norms = lambda place: modules[place.module].weight.flatten(1).norm(dim=1)  # noqa: E731
-        self.wrapper = Wrapper(modules, plan.adapters(where, norms), dropout=plan.dropout, **wrapped)
+        self.wrapper = Wrapper(modules, plan.adapters(places(plan.aims), norms), dropout=plan.dropout, **wrapped)
         self.run = Run(plan, self.wrapper)
         self.seen = []
 
@@ -99,7 +114,8 @@ class Small:
         self.wrapper.install()
         try:
             more.setdefault("progress", self.seen.append)
-            train(self.run, self.items, self.predict, Flow(), Timesteps(), **more)
+            with checkpointed(self.model) if self.checkpointing else nullcontext():
+                train(self.run, self.items, self.predict, Flow(), Timesteps(), **more)
         finally:
             self.wrapper.remove()
         return self
@@ -107,16 +123,3 @@ class Small:
     def result(self) -> dict[str, torch.Tensor]:
         with self.run.result():
             return {name: parameter.detach().clone() for name, parameter in self.run.parameters.items()}
-
-
-def main(path: str, result: str, optimizer: str, accumulate: str, steps: str) -> None:
-    plan = replace(PLAN, steps=int(steps), accumulate=int(accumulate), save_every=1, dropout=0.1, ema=0.9)
-    small = Small(replace(plan, descent=replace(plan.descent, optimizer=optimizer)))
-    if Path(path).exists():
-        state.restore(path, small.run)
-    small.train(save=lambda run, best: state.save(path, run))
-    files.write(result, small.result(), overwrite=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
