@@ -1,4 +1,4 @@
-"""Training a LoRA: the host's Train LoRA node, a PEFT loop on diffusers' model, a hand-written loop on the host's, ours.
+"""Training a LoRA: the host's Train LoRA node, a PEFT loop on diffusers' model, a loop by hand on the host's, ours.
 
 One model's shapes with random weights, every linear map and convolution at one rank, AdamW, one picture a step. Each
 contestant runs in a process of its own. A step's time is the least of the steps after the first; CPU seconds depend
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -80,7 +81,7 @@ def _measured(asked: argparse.Namespace, contestant: str, dtype: str) -> dict[st
     loaded = _memory(device, reset=True)
     times: list[tuple[float, float]] = []
     loop(lambda: times.append((time.perf_counter(), time.process_time())))
-    steps = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in zip(times, times[1:], strict=False)]
+    steps = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(times)]
     wall, cpu = (min(column) for column in zip(*steps, strict=True))
     extra = (_memory(device) - loaded) / 2**20
     return {"step_s": round(wall, 4), "cpu_s": round(cpu, 4), "extra_mb": round(extra), "modules": count}
@@ -137,10 +138,11 @@ def _epsilon_loop(
 
 def _peft(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> tuple[Loop, int]:
     import peft
-    from diffusers import UNet2DConditionModel
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    small = {"block_out_channels": (32, 64, 128, 128)} if asked.small else {}
-    unet = UNet2DConditionModel(cross_attention_dim=TEXT, **small).requires_grad_(False).to(device)
+    small: dict[str, Any] = {"block_out_channels": (32, 64, 128, 128)} if asked.small else {}
+    unet: Any = UNet2DConditionModel(cross_attention_dim=TEXT, **small).requires_grad_(False)
+    unet.to(device)
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     model = peft.get_peft_model(unet, peft.LoraConfig(r=asked.rank, lora_alpha=asked.rank, target_modules=names))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -149,7 +151,7 @@ def _peft(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype
 
 def _hand(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> tuple[Loop, int]:
     network = inside.model("sd15", smaller=asked.small).model.diffusion_model.to(device)
-    maps = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    maps: list[Any] = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     parameters: list[nn.Parameter] = []
     for module in maps:
         parameters += _wrapped(module, asked.rank, device)
@@ -160,12 +162,12 @@ def _hand(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype
     return _epsilon_loop(asked, device, autocast, parameters, answer), len(maps)
 
 
-def _wrapped(module: nn.Module, rank: int, device: torch.device) -> list[nn.Parameter]:
+def _wrapped(module: Any, rank: int, device: torch.device) -> list[nn.Parameter]:
     """The shortest LoRA there is."""
     forward, weight = module.forward, module.weight
     down = nn.Parameter(torch.randn(rank, *weight.shape[1:], device=device) / rank)
     up = nn.Parameter(torch.zeros(len(weight), rank, *(1 for _ in weight.shape[2:]), device=device))
-    if isinstance(module, nn.Conv2d):
+    if len(weight.shape) > 2:
         stride, padding = module.stride, module.padding
         module.forward = lambda x: (
             forward(x) + functional.conv2d(functional.conv2d(x, down, stride=stride, padding=padding), up)
@@ -194,15 +196,15 @@ def _ours(
     model = training.Model(patcher)
     everywhere = _pack("lora_ops.train.places").Aim(_pack("lora_ops.select").Pattern.parse("*"), asked.rank)
     plan = plan_of.Plan(steps=asked.steps + 1, aims=(everywhere,), autocast=autocast)
-    where = plan.places(model.targets())
-    wrapper = _pack("lora_ops.train.wrapper").Wrapper(model.modules, plan.adapters(where), weight_of=training.weight_of)
+    where, timesteps = plan.places(model.targets()), _pack("lora_ops.train.timesteps").Timesteps()
+    item = model.item(_latent(asked)[0], [[_text(), {}]])
+    begun = model.begin(plan, where, [item], timesteps)
+    wrapper = _pack("lora_ops.train.wrapper").Wrapper(model.modules, begun.adapters, weight_of=training.weight_of)
     for each in wrapper.trained:
         each.to(device)
-    item = model.item(_latent(asked)[0], [[_text(), {}]])
 
     def loop(done: Callable[[], None]) -> None:
         run = loop_of.Run(plan, wrapper)
-        timesteps = _pack("lora_ops.train.timesteps").Timesteps()
         with model.running(wrapper, [item], checkpointing=checkpointing):
             loop_of.train(run, [item], model.predict, model.sampling, timesteps, progress=lambda _: done())
 

@@ -68,14 +68,14 @@ def mount(comfy_path: Path, *, cuda: bool = False) -> ModuleType:
     return module
 
 
-def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = True):
+def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = True, **changes):
     """A ModelPatcher around a random model of this family, of megabytes or of the real size."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     name, config = (PUBLISHED | VARIANTS)[family]
-    made = getattr(comfy.supported_models, name)(config | ((SMALLER | OTHERS)[family] if smaller else {}))
+    made = getattr(comfy.supported_models, name)(config | ((SMALLER | OTHERS)[family] if smaller else {}) | changes)
     made.set_inference_dtype(dtype, None if dtype.itemsize > 1 else torch.float32)  # fp8 is stored, not computed in
     inner = made.get_model({}, "", device=CPU)
     generator = torch.Generator().manual_seed(0)

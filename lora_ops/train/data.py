@@ -28,24 +28,37 @@ class Item:
     of_base: bool = False
 
 
+def widest(items: Sequence[Item], batch: int) -> list[Item]:
+    """The batch that needs most memory."""
+    shapes = _shapes(items)
+    numbers = max(shapes, key=lambda there: min(len(there), batch) * items[there[0]].latent.numel(), default=())
+    return [items[number] for number in numbers[:batch]]
+
+
 def batches(items: Sequence[Item], batch: int, accumulate: int, seed: int, step: int) -> list[list[int]]:
     """The items of a step's batches, by number. In an epoch every item comes once; those of one batch are of one
     shape, so the last of a shape may be fewer. Nothing but the seed and the step decides.
 
     Raises TrainingError if there is nothing.
     """
-    shapes: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
-    for number, item in enumerate(items):
-        key = tuple(item.latent.shape), item.mask is None, item.of_base
-        shapes.setdefault(key, []).append(number)
-    count = sum(-(-len(there) // batch) for there in shapes.values())
+    shapes = _shapes(items)
+    count = sum(-(-len(there) // batch) for there in shapes)
     if not count:
         raise TrainingError("There is nothing to learn from.", remedy="Give at least one picture.")
     found: list[list[int]] = []
     for number in range(step * accumulate, (step + 1) * accumulate):
         epoch, position = divmod(number, count)
-        found.append(_epoch(list(shapes.values()), batch, seed, epoch)[position])
+        found.append(_epoch(shapes, batch, seed, epoch)[position])
     return found
+
+
+def _shapes(items: Sequence[Item]) -> list[list[int]]:
+    """The items that can be of one batch, by number."""
+    shapes: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
+    for number, item in enumerate(items):
+        key = tuple(item.latent.shape), item.mask is None, item.of_base
+        shapes.setdefault(key, []).append(number)
+    return list(shapes.values())
 
 
 def _epoch(shapes: Sequence[Sequence[int]], batch: int, seed: int, epoch: int) -> list[list[int]]:

@@ -21,6 +21,7 @@ from .timesteps import Timesteps
 from .wrapper import Draw, Wrapper
 
 MOMENTS = (0.1, 0.3, 0.5, 0.7, 0.9)  # where held-out items are looked at
+LOOKS = 64  # batches that EVA sees at most
 SKIPPED = 20  # steps of float16 in a row whose gradients may be too large, while the scale for them is found
 
 
@@ -108,9 +109,9 @@ def train(
 ) -> None:
     """Carry the run's plan out from the step where it is. The wrapper is in its model already.
 
-    around gives what each forward pass and its backward pass run in. save(run, best) is called every save_every steps, at the end, and before anything that stops the run leaves here,
-    progress's exceptions too, that of whoever cancels: what was learned until then is kept. best: it is the best state
-    by the held-out items.
+    around gives what each forward pass and its backward pass run in. save(run, best) is called every save_every steps,
+    at the end, and before anything that stops the run leaves here, progress's exceptions too, that of whoever cancels:
+    what was learned until then is kept. best: it is the best state by the held-out items.
 
     Raises TrainingError where a loss or gradient is not finite; the parameters are those of the last step that was.
     """
@@ -146,6 +147,26 @@ def train(
         if run.whole and run.step:
             save(run, False)
         raise
+
+
+def looks(
+    plan: Plan,
+    items: Sequence[Item],
+    predict: Predict,
+    sampling: Sampling,
+    timesteps: Timesteps,
+    device: torch.device,
+) -> Iterator[Callable[[], Tensor]]:
+    """Calls of the model on noisy items as in training, EVA's batches; nothing is learned."""
+    for step in range(LOOKS):
+        for numbers in batches(items, plan.batch, 1, plan.seed, step):
+            latent = torch.stack([items[n].latent for n in numbers]).to(device, torch.float32)
+            moments = timesteps.moments(len(latent), generator(plan.seed, "look at", step))
+            sigma = timesteps.sigmas(sampling, moments, *latent.shape[-2:]).to(device)
+            noise = noise_of(plan.objective, latent.cpu(), generator(plan.seed, "look", step)).to(latent)
+            x, conditions = noisy(sampling, sigma, noise, latent), [items[n].condition for n in numbers]
+            with torch.no_grad():
+                yield lambda x=x, sigma=sigma, conditions=conditions: predict(x, sigma, conditions)
 
 
 def _gradients(

@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
-from ..errors import AdapterError, TrainingError, shown
-from ..lora import TargetMap
+from ..adapters import Adapter, LowRank
+from ..errors import LoraOpsError, TrainingError, shown
+from ..landing import land, require_coverage
+from ..lora import Lora, TargetMap
+from ..stack import Entry
+from .initial import moves, of_weight, require_kind
 from .objectives import Objective
 from .optimizers import Descent
 from .places import Aim, Place, places
 from .randomness import generator
-from .starts import MAGNITUDES, STARTS, start
+from .starts import ALGEBRAS, start
 from .timesteps import Timesteps
+
+_OWN = "Give the plan the places and ranks that the LoRA has, or begin without it."
+
+
+class Beginning(NamedTuple):
+    """The adapters that training begins with, and what of them is taken off again, for a Wrapper."""
+
+    adapters: Mapping[Place, Adapter]
+    taken_off: Mapping[Place, Adapter] | None
 
 
 @dataclass(frozen=True)
 class Plan:
     """steps are the optimizer's; each takes accumulate batches. timesteps None: as the family's trainers recommend.
+
+    initial, of initial.KINDS, is what a LoRA's factors begin as.
 
     clip is the gradients' largest norm, 0 for any. ema is the weight of the past in a moving average of what trains,
     which is what the run then gives; 0 is none. save_every and validate_every count steps, 0 is never. smoothing is the
@@ -32,6 +47,7 @@ class Plan:
     steps: int
     aims: tuple[Aim, ...] = (Aim(),)
     algebra: str = "lora"
+    initial: str = "gaussian"
     rank_stabilised: bool = False
     dropout: float = 0.0
     batch: int = 1
@@ -48,9 +64,12 @@ class Plan:
     smoothing: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.algebra not in (*STARTS, *MAGNITUDES):
-            known = ", ".join((*STARTS, *MAGNITUDES))
+        if self.algebra not in ALGEBRAS:
+            known = ", ".join(ALGEBRAS)
             raise TrainingError(f"'{shown(self.algebra)}' is no algebra that trains.", remedy=f"Choose one of {known}.")
+        require_kind(self.initial)
+        if self.initial != "gaussian" and self.algebra != "lora":
+            raise TrainingError(f"The initialisation {self.initial} is for LoRA, not for {self.algebra}.")
         if min(self.steps, self.batch, self.accumulate) < 1:
             raise TrainingError("steps, batch and accumulate are 1 at least.")
         for name in ("dropout", "ema", "smoothing"):
@@ -67,32 +86,63 @@ class Plan:
             raise TrainingError("OFT has no alpha.", remedy="Leave alpha and rank_stabilised out.")
         return tuple(p._replace(alpha=p.alpha * p.rank**0.5) for p in found) if self.rank_stabilised else found
 
-    def adapters(
-        self, where: tuple[Place, ...], norms: Callable[[Place], Tensor] | None = None
-    ) -> Mapping[Place, Adapter]:
-        """What training begins with: the same seed gives the same. norms of a place's rows: for a magnitude."""
+    def begin(
+        self,
+        where: Sequence[Place],
+        weight: Callable[[Place], Tensor],
+        directions: Callable[[], Mapping[Place, Tensor]],
+    ) -> Beginning:
+        """What training begins with, which changes nothing yet: the same seed gives the same.
+
+        weight gives the rows of a place, directions (initial.of_inputs) what EVA begins with; asked where they matter.
+        """
         found: dict[Place, Adapter] = {}
+        towards = directions() if self.initial == "eva" else None
         for number, place in enumerate(where):
-            draws = generator(self.seed, "start", number)
+            draws, shape = generator(self.seed, "start", number), place.target.delta_shape
             try:
-                found[place] = start(
-                    self.algebra,
-                    place.target.delta_shape,
-                    place.rank,
-                    place.alpha,
-                    draws,
-                    (lambda place=place: norms(place)) if norms else _no_norms,
-                )
-            except AdapterError as error:
+                if self.initial not in ("gaussian", "eva"):
+                    seed = draws.initial_seed()
+                    found[place] = of_weight(self.initial, weight(place), place.rank, place.alpha, seed)
+                    continue
+                begun = start(self.algebra, shape, place.rank, place.alpha, draws, lambda place=place: weight(place))
+                if towards is not None:
+                    assert isinstance(begun, LowRank)
+                    begun = replace(begun, down=towards[place])
+                found[place] = begun
+            except LoraOpsError as error:
                 error.module = place.module
                 raise
-        return found
+        return Beginning(found, dict(found) if moves(self.initial) else None)
+
+    def go_on(self, where: Sequence[Place], lora: Lora, targets: TargetMap) -> Beginning:
+        """From a LoRA in any dialect, each of its modules with its own alpha.
+
+        Raises TrainingError, naming both, where its places, ranks or algebra are others than the plan's.
+        """
+        if self.initial != "gaussian":
+            what = f"The plan begins with {self.initial} and with the LoRA '{shown(lora.name)}'."
+            raise TrainingError(what, remedy="Choose the initialisation gaussian to go on from a LoRA.")
+        landing = land([Entry(lora, {"model": 1.0, "clip": 1.0})], targets)
+        require_coverage(landing, 1.0)
+        there = {(key, piece.band): piece for (_, key), pieces in landing.pieces.items() for piece in pieces}
+        found: dict[Place, Adapter] = {}
+        for place in where:
+            piece = there.pop((place.target.key, place.target.band), None)
+            if piece is None:
+                what = f"trains {place.module}, which the LoRA has no module for on the same rows."
+                raise TrainingError(f"The plan {what}", file=lora.name, module=place.module, remedy=_OWN)
+            theirs, ours = (piece.adapter.ALGEBRA, piece.adapter.rank), (ALGEBRAS[self.algebra].ALGEBRA, place.rank)
+            if theirs != ours:
+                told = (f"{algebra} of rank {rank}" for algebra, rank in (theirs, ours))
+                what = "is {}; the plan trains {}.".format(*told)
+                raise TrainingError(what, file=lora.name, module=place.module, remedy=_OWN, found=theirs, expected=ours)
+            found[place._replace(alpha=piece.adapter.scale * place.rank)] = piece.adapter
+        for key, _ in there:
+            raise TrainingError("is in the LoRA; the plan does not train it.", file=lora.name, module=key, remedy=_OWN)
+        return Beginning(found, None)
 
     def told(self) -> str:
         """As text, for the state and the file's metadata."""
         values = asdict(self) | {"aims": [[a.pattern and a.pattern.text, a.rank, a.alpha] for a in self.aims]}
         return json.dumps(values, default=str, sort_keys=True)
-
-
-def _no_norms() -> Tensor:
-    raise TrainingError("DoRA needs the norms of the weights.")

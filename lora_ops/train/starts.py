@@ -56,18 +56,17 @@ def oft(shape: tuple[int, ...], rank: int, alpha: float, generator: Generator) -
 
 
 STARTS: Mapping[str, Start] = {"lora": lora, "loha": loha, "lokr": lokr, "oft": oft}
-MAGNITUDES: Mapping[str, str] = {"dora": "lora"}  # algebras around which a magnitude trains too
+ALGEBRAS: Mapping[str, type[Adapter]] = {"lora": LowRank, "dora": DoRA, "lokr": LoKr, "loha": LoHa, "oft": InputOFT}
 
 
 def start(
-    algebra: str, shape: tuple[int, ...], rank: int, alpha: float, generator: Generator, norm: Callable[[], Tensor]
+    algebra: str, shape: tuple[int, ...], rank: int, alpha: float, generator: Generator, weight: Callable[[], Tensor]
 ) -> Adapter:
-    """The adapter of an algebra for a weight (or band) of this shape; norm gives the weight's rows' norms."""
-    inner = STARTS[MAGNITUDES.get(algebra, algebra)](shape, rank, alpha, generator)
-    if algebra not in MAGNITUDES:
-        return inner
-    assert isinstance(inner, LowRank)
-    return DoRA(inner, norm())
+    """The adapter of an algebra for a weight (or band) of this shape, which DoRA takes its magnitude from."""
+    if algebra != "dora":
+        return STARTS[algebra](shape, rank, alpha, generator)
+    magnitude = torch.linalg.vector_norm(weight().float().flatten(1), dim=1)
+    return DoRA(lora(shape, rank, alpha, generator), magnitude)
 
 
 def _gaussian(shape: tuple[int, ...], deviation: float, generator: Generator) -> Tensor:

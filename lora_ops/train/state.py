@@ -72,8 +72,12 @@ def restore(path: str | os.PathLike[str], run: Run) -> None:
         if told[name] != ours:
             raise _other(file, name, told[name], ours)
     _require_places(file, told["places"], _places(run.wrapper))
-    if bool(run.average) != any(name.startswith("average/") for name in file.tensors):
-        raise _other(file, "moving average", *(("none", "one") if run.average else ("one", "none")))
+    for kind, name, has in (
+        ("average/", "moving average", bool(run.average)),
+        ("taken_off/", "start that is taken off", bool(_taken_off(run.wrapper))),
+    ):
+        if has != any(key.startswith(kind) for key in file.tensors):
+            raise _other(file, name, *(("none", "one") if has else ("one", "none")))
     with torch.no_grad():
         for kind, there in (
             ("parameter", run.parameters),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -18,11 +19,16 @@ from comfy.patcher_extension import PatcherInjection
 from torch import Tensor, nn
 
 from ...lora_ops.errors import TrainingError, shown
-from ...lora_ops.lora import TargetMap
-from ...lora_ops.train.data import Item
+from ...lora_ops.lora import Lora, TargetMap
+from ...lora_ops.train import state
+from ...lora_ops.train.data import Item, widest
 from ...lora_ops.train.frozen import stored_weight
-from ...lora_ops.train.memory import OutOfPlace, Probe, checkpointed, probe
+from ...lora_ops.train.initial import of_inputs
+from ...lora_ops.train.loop import Progress, Run, looks, train
+from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, estimate, out_of_memory, probe
 from ...lora_ops.train.places import Place
+from ...lora_ops.train.plan import Beginning, Plan
+from ...lora_ops.train.timesteps import Timesteps, recommended
 from ...lora_ops.train.wrapper import Wrapper
 from .caches import hooks_of
 from .patching import targets
@@ -59,13 +65,12 @@ class Model:
     def targets(self) -> TargetMap:
         return targets(self.patcher, None)
 
-    def norms(self, place: Place) -> Tensor:
-        """The norms of the rows of a place's weight, as the model is loaded."""
+    def weight(self, place: Place) -> Tensor:
+        """The rows of a place's weight, as the model is loaded."""
         comfy.model_management.load_models_gpu([self.patcher])
         like = torch.empty(0, device=self.patcher.load_device)
         weight, _ = weight_of(self.modules[place.target.key.removesuffix(".weight")], like)
-        rows = place.target.rows
-        return torch.linalg.vector_norm(weight.narrow(0, rows.start, rows.length).flatten(1), dim=1)
+        return weight.narrow(0, place.target.rows.start, place.target.rows.length)
 
     @contextmanager
     def running(
@@ -179,6 +184,96 @@ class Model:
         with torch.inference_mode(False):
             scaled = self.patcher.model.process_latent_in(latent[None].float().clone())[0]
             return Item(scaled, [[_copied(cross), _copied(options)]], **more)
+
+    def begin(self, plan: Plan, where: Sequence[Place], items: Sequence[Item], timesteps: Timesteps) -> Beginning:
+        """What the plan's training begins with on this model."""
+
+        def directions() -> dict[Place, Tensor]:
+            with self.running(Wrapper({}, {}), items[:1]), torch.no_grad():
+                device = self.patcher.load_device
+                return of_inputs(
+                    self.modules, where, looks(plan, items, self.predict, self.sampling, timesteps, device)
+                )
+
+        return plan.begin(where, self.weight, directions)
+
+    def learn(
+        self,
+        plan: Plan,
+        items: Sequence[Item],
+        *,
+        name: str,
+        lora: Lora | None = None,
+        held_out: Sequence[Item] = (),
+        path: Path | None = None,
+        checkpointing: bool = False,
+        foreseen: Callable[[Estimate, int], None] = lambda needed, free: None,
+        progress: Callable[[Progress], None] = lambda done: None,
+    ) -> Lora:
+        """Carry a plan out on this model, from a LoRA or from nothing.
+
+        path is the state's: the run goes on from it if it is there, and saves it; the best by the held-out items is
+        beside it, as NAME.best.safetensors. foreseen hears what a step will need and how much is free on the device.
+
+        Raises the host's interrupt when the user asks for it, TrainingError, naming the setting that frees most, when
+        memory runs out; what was learned until then is in path.
+        """
+        device, targets = self.patcher.load_device, self.targets()
+        where = plan.places(targets)
+        timesteps = plan.timesteps or recommended(targets.family, self.sampling)
+        begun = self.begin(plan, where, items, timesteps) if lora is None else plan.go_on(where, lora, targets)
+        wrapper = Wrapper(
+            self.modules, begun.adapters, taken_off=begun.taken_off, dropout=plan.dropout, weight_of=weight_of
+        )
+        for each in wrapper.trained:
+            each.to(device)
+        run = Run(plan, wrapper, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
+        if path is not None and path.exists():
+            state.restore(path, run)
+
+        def save(run: Run, best: bool) -> None:
+            if path is not None:
+                state.save(path, run)
+                if best:
+                    state.save(path.with_suffix(f".best{path.suffix}"), run)
+
+        def stepped(done: Progress) -> None:
+            progress(done)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        needed: Estimate | None = None
+        try:
+            with self.running(wrapper, widest(items, plan.batch), checkpointing=checkpointing) as found:
+                needed = estimate(found.kept, run.parameters, plan.descent, ema=bool(plan.ema))
+                foreseen(needed, comfy.model_management.get_free_memory(device))
+                train(
+                    run,
+                    items,
+                    self.predict,
+                    self.sampling,
+                    timesteps,
+                    around=self.around,
+                    held_out=held_out,
+                    save=save,
+                    progress=stepped,
+                )
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise _no_memory(run, needed, path, checkpointing) from error
+        with run.result():
+            return wrapper.lora(name, {"lora_ops.plan": plan.told()})
+
+
+def _no_memory(run: Run, needed: Estimate | None, path: Path | None, checkpointing: bool) -> TrainingError:
+    what = f"Memory ran out in step {run.step + 1}."
+    if path is not None and run.step:
+        what += f" What was learned in the {run.step} steps before is kept: the same plan goes on from there."
+    if needed is None:
+        return TrainingError(what, remedy="Use smaller pictures or a lower batch size.", step=run.step + 1)
+    what += f" A step needs about {needed.total / 2**30:.1f} GB beside the model."
+    remedy = needed.advice(checkpointing=checkpointing, batch=run.plan.batch)
+    return TrainingError(what, remedy=remedy, step=run.step + 1)
 
 
 def _answering(sampling: Any) -> Any:

@@ -96,14 +96,12 @@ def places(aims: tuple[Aim, ...]) -> tuple[Place, ...]:
 class Small:
     """A run on a model of its own."""
 
-    def __init__(
-        self, plan: Plan = PLAN, data: list[Item] | None = None, checkpointing: bool = False, **wrapped
-    ) -> None:
+    def __init__(self, plan: Plan = PLAN, data: list[Item] | None = None, checkpointing: bool = False) -> None:
         self.checkpointing = checkpointing
         self.model, self.items = Model(), items() if data is None else data
         modules = {name: module for name, module in self.model.named_modules() if name}
-        norms = lambda place: modules[place.module].weight.flatten(1).norm(dim=1)  # noqa: E731
-        self.wrapper = Wrapper(modules, plan.adapters(places(plan.aims), norms), dropout=plan.dropout, **wrapped)
+        adapters, taken_off = plan.begin(places(plan.aims), lambda place: modules[place.module].weight, dict)
+        self.wrapper = Wrapper(modules, adapters, taken_off=taken_off, dropout=plan.dropout)
         self.run = Run(plan, self.wrapper)
         self.seen = []
 

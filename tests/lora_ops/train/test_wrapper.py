@@ -65,9 +65,8 @@ def begun(model, algebra, names=TRAINED, seed=0, **more):
     for number, name in enumerate(names):
         there = place(model, name, **more)
         weight = model.get_parameter(there.target.key).detach()
-        norm = weight.flatten(1).norm(dim=1)
         shape = there.target.delta_shape
-        found[there] = start(algebra, shape, there.rank, there.alpha, generator(seed, number), lambda n=norm: n)
+        found[there] = start(algebra, shape, there.rank, there.alpha, generator(seed, number), lambda w=weight: w)
     return found
 
 
@@ -146,8 +145,7 @@ def test_gradients_are_pefts(algebra):
         layer = theirs.base_model.model.get_submodule(name)
         there = place(model, name, alpha=3.0)
         weight = model.get_parameter(there.target.key).detach()
-        norm = weight.flatten(1).norm(dim=1)
-        adapters[there] = ours_from(layer, algebra, there, norm, number)
+        adapters[there] = ours_from(layer, algebra, there, weight, number)
     wrapper = Wrapper(modules(model), adapters)
     wrapper.install()
     ran, truth = model(x), theirs(x)
@@ -166,9 +164,9 @@ def test_gradients_are_pefts(algebra):
     assert checked >= len(held(algebra))
 
 
-def ours_from(layer, algebra, where, norm, number):
+def ours_from(layer, algebra, where, weight, number):
     """PEFT's layer, its parameters set to random numbers, as our adapter of the same tensors."""
-    begun = start(algebra, where.target.shape, 4, 3.0, generator(number), lambda: norm)
+    begun = start(algebra, where.target.shape, 4, 3.0, generator(number), lambda: weight)
     names = {"lora": ("up", "down"), "dora": ("up", "down"), "oft": ("vectors",)}.get(algebra)
     if algebra in ("loha", "lokr"):
         names = [n for n in layer.adapter_layer_names if n in layer._modules and "default" in getattr(layer, n)]
