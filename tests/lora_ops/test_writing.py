@@ -766,7 +766,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_whole_new_one(how, overwrite
         started = time.monotonic()
         while len(leftovers(tmp_path)) <= len(before) and time.monotonic() < started + 10:
             time.sleep(0.0005)  # until it has begun its first file
-        time.sleep(random.random() * 3 * once)
+        time.sleep(random.random() * (0.03 + 4 * once))
         child.kill()
         child.join()
         if overwrite:
@@ -776,7 +776,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_whole_new_one(how, overwrite
             last = max(last, int(file.stem))
             shutil.rmtree(file) if file.is_dir() else file.unlink()
     orphans = leftovers(tmp_path)
-    assert last > 1 and len(orphans) > kills / 10, "too few kills met a writer at work"
+    assert len(orphans) > kills / 10 and (last > 1 or kills < 50), "too few kills met a writer at work"
     fresh, *aged = orphans
     for orphan in aged:
         os.utime(orphan, (time.time() - writing.ORPHAN_AGE - 60,) * 2)
