@@ -29,10 +29,11 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's strength and schedule, and how
-    many patches there were that scale what is below them (merges)."""
+    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's row in the ledger, strength and
+    schedule, and how many patches there were that scale what is below them (merges)."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
+    rows: tuple[str, ...]
     strengths: tuple[float, ...]
     schedules: tuple[Schedule, ...]
     merges: int
@@ -43,7 +44,13 @@ class Attached:
         for key, there in other.pieces.items():
             moved = tuple(replace(piece, entry=piece.entry + first) for piece in there)
             pieces[key] = (*pieces.get(key, ()), *moved)
-        return Attached(pieces, self.strengths + other.strengths, self.schedules + other.schedules, other.merges)
+        return Attached(
+            pieces,
+            self.rows + other.rows,
+            self.strengths + other.strengths,
+            self.schedules + other.schedules,
+            other.merges,
+        )
 
     @cached_property
     def footprints(self) -> tuple[frozenset[object], ...]:
@@ -58,6 +65,7 @@ class Attached:
 def attach(
     patcher: Any,
     pieces: Mapping[str, tuple[Piece, ...]],
+    rows: Sequence[str],
     strengths: Sequence[float],
     schedules: Sequence[Schedule],
 ) -> None:
@@ -65,7 +73,7 @@ def attach(
 
     Raises TargetError for a module that nothing can be added to.
     """
-    attached = Attached(pieces, tuple(strengths), tuple(schedules), _merges(patcher))
+    attached = Attached(pieces, tuple(rows), tuple(strengths), tuple(schedules), _merges(patcher))
     before = patcher.get_attachment(KEY)
     if before is not None:
         _require_unmerged(patcher, before)
