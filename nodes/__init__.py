@@ -5,12 +5,21 @@ appended; a changed meaning is a new node.
 """
 
 from .host.api import ComfyExtension
+from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
 from .patching import LoraOpsApply
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
-NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords, LoraOpsScale)
+NODES = (
+    LoraOpsLoad,
+    LoraOpsApply,
+    LoraOpsStack,
+    LoraOpsTriggerWords,
+    LoraOpsScale,
+    LoraOpsPatches,
+    LoraOpsUnload,
+)
 
 
 def extension() -> ComfyExtension:

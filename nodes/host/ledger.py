@@ -1,4 +1,4 @@
-"""The ledger: which LoRAs our nodes have put on a MODEL or CLIP, in order of application. It travels with its clones."""
+"""The ledger: which LoRAs our nodes have put on a MODEL or CLIP, in order of application; it goes along with clones."""
 
 from __future__ import annotations
 

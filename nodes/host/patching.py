@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -41,6 +42,14 @@ class LandedPatch(WeightAdapterBase):
     def joined(self, other: LandedPatch) -> LandedPatch:
         """This patch and then the other, as one."""
         return LandedPatch(set(), self.weights + other.weights)
+
+    def without(self, rows: AbstractSet[str]) -> LandedPatch:
+        """What remains when these rows of the ledger are taken off."""
+        return LandedPatch(set(), tuple(each for each in self.weights if each[0] not in rows))
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [Piece.unpacked(piece, lambda tensor: tensor) for _, piece in self.weights]
 
     def calculate_weight(
         self,
@@ -113,6 +122,21 @@ def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
     return Applied(model, clip, how)
 
 
+def take_off(patcher: Any, rows: AbstractSet[str]) -> None:
+    """Take rows of the ledger off a fresh clone; all else keeps its place and order."""
+    for key, there in list(patcher.patches.items()):
+        left = [
+            (entry[0], entry[1].without(rows), *entry[2:]) if isinstance(entry[1], LandedPatch) else entry
+            for entry in there
+        ]
+        patcher.patches[key] = [entry for entry in left if not isinstance(entry[1], LandedPatch) or entry[1].weights]
+        if not patcher.patches[key]:
+            del patcher.patches[key]
+    _renew(patcher, {})
+    live.detach(patcher, rows)
+    ledger.write(patcher, [each for each in ledger.records(patcher) if each.row not in rows])
+
+
 def _put(
     patcher: Any,
     landing: Landing,
@@ -181,6 +205,11 @@ def _register(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:
             there[-1] = (1.0, last[1].joined(patch), 1.0, None, None)  # the clone's own list
         else:
             fresh[key] = patch
-    # Called for no weight too: it renews patches_uuid, which tells the host that the weights in memory are stale.
-    if missing := fresh.keys() - set(patcher.add_patches(fresh)):
+    _renew(patcher, fresh)
+
+
+def _renew(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:
+    """Add patches to a clone, perhaps none: the host renews patches_uuid, by which it knows that the weights in memory
+    are stale."""
+    if missing := patches.keys() - set(patcher.add_patches(patches)):
         raise TargetError(f"{len(missing)} weights are not in the model any more.", module=min(missing))
