@@ -7,6 +7,7 @@ appended; a changed meaning is a new node.
 from .host.api import ComfyExtension
 from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
+from .merging import LoraOpsMerge
 from .patching import LoraOpsApply
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
@@ -19,6 +20,7 @@ NODES = (
     LoraOpsScale,
     LoraOpsPatches,
     LoraOpsUnload,
+    LoraOpsMerge,
 )
 
 

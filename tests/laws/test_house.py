@@ -25,6 +25,7 @@ ORDER = (
     "select",
     "stack",
     "landing",
+    "survival",
     "scaling",
     "live",
     "layouts",
