@@ -65,6 +65,6 @@ def predicted(base: Tensor, wanted: Tensor, dtype: torch.dtype) -> Survival:
 def _variance(values: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(values.abs().clamp(info.tiny, info.max))  # below tiny the steps stay as they are
-    step = torch.ldexp(torch.tensor(info.eps), exponent - 1)
+    step = torch.ldexp(torch.full_like(values, info.eps), exponent - 1)
     part = (values / step).remainder(1)
     return step.square() * part * (1 - part)

@@ -19,7 +19,7 @@ from ...lora_ops.survival import Survival, measured, predicted
 
 PLAIN = (torch.nn.Parameter, torch.Tensor)
 LAYERS = 4  # that stand for all in a prediction
-WINDOWS, ROWS = 4, 16  # of a layer, evenly over its rows
+WINDOWS, ROWS = 64, 8  # of a layer, evenly over its rows
 
 
 class Stored(NamedTuple):
