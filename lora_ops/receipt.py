@@ -36,13 +36,16 @@ def receipt(
     survival: Mapping[str, Survival] | None = None,
     *,
     predicted: bool = True,
+    weights: int | None = None,
 ) -> Receipt:
     """The receipt of a landing that took so many seconds, of how each part was changed (patched or live, and why), and
     of how much of the update survives in the weights that are stored too coarsely for all of it.
 
     The host patches weights later, when it samples: their survival is predicted then, from a few of them.
+    weights is how many were changed, where that is more than the landing's.
     """
     how = how or {}
+    weights = len(landing.pieces) if weights is None else weights
     rows = [_row(row, landing) for row in landing.rows]
     data = {
         "version": VERSION,
@@ -50,11 +53,11 @@ def receipt(
         "connected": sorted(landing.parts),
         "mode": dict(how),
         "rows": rows,
-        "weights": len(landing.pieces),
+        "weights": weights,
         "landing_seconds": round(seconds, 4),
         "survival": _survival(survival, predicted) if survival else None,
     }
-    head = f"{TITLES.get(landing.family, 'unknown family')}: {len(landing.pieces)} weights changed"
+    head = f"{TITLES.get(landing.family, 'unknown family')}: {weights} weights changed"
     head += "".join(f"\n{part}: {told}" for part, told in sorted(how.items()) if told != "patch")
     lines = [*(line for row in rows for line in _lines(row)), *_survives(data["survival"])]
     return Receipt(data, "\n".join([head, *lines]))

@@ -88,9 +88,10 @@ class LoraOpsMerge(io.ComfyNode):
         landing = land(entries, patching.targets(model, clip))
         require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
-        model, clip, survival = merging.merged(landing, model, clip)
+        model, clip, weights, survival = merging.merged(landing, model, clip)
         parts = sorted({part for part, _ in landing.pieces} | {record.part for record in before})
-        found = receipt(landing, seconds, dict.fromkeys(parts, "merged"), survival, predicted=False)
+        how = dict.fromkeys(parts, "merged")
+        found = receipt(landing, seconds, how, survival, predicted=False, weights=weights)
         data = {**found.data, "before": [[each.name, each.part, each.strength] for each in before]}
         lines = [f"{MARKS[True]} {shown(each.name)} ({each.part} {each.strength:g}), on it before" for each in before]
         text = "\n".join([*lines, found.text])

@@ -25,6 +25,7 @@ from .patching import LandedPatch, take_off
 from .tree import Base
 
 MAGNITUDE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}  # where in the weights of core's adapters DoRA's stands
+COPIES = 6  # in float32 of a weight that are on the device while it is merged, at most
 TICK = 0.2  # seconds between two messages of progress
 
 
@@ -68,10 +69,12 @@ class Work(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """The merged MODEL and CLIP, and of each weight that is not in float32 how much of the update survived."""
+    """The merged MODEL and CLIP, how many weights are other ones, and of each that is not in float32 how much of the
+    update survived."""
 
     model: Any
     clip: Any
+    weights: int
     survival: Mapping[str, Survival]
 
 
@@ -99,7 +102,7 @@ def merged(landing: Landing, model: Any, clip: Any) -> Merged:
         else:
             clip = clip.clone()
             clip.patcher, clip.cond_stage_model = patcher, patcher.model
-    return Merged(model, clip, survival)
+    return Merged(model, clip, sum(len(work.pieces) for work in works), survival)
 
 
 def _work(patcher: Any, part: str, landing: Landing, rows: Sequence[str]) -> Work:
@@ -155,6 +158,9 @@ def _merged(work: Work, progress: Progress) -> tuple[Any, dict[str, Survival]]:
     patcher, base = work.patcher, Base.of(work.patcher)
     _require_alone(patcher)
     comfy.model_management.unload_model_and_clones(patcher)  # its weights come back to where they are shared
+    if not comfy.model_management.is_device_cpu(patcher.load_device):
+        largest = max(base.weight(key).numel() for key in work.pieces)
+        comfy.model_management.free_memory(largest * 4 * COPIES, patcher.load_device)
     model = base.copied()
     survival: dict[str, Survival] = {}
     for key, pieces in work.pieces.items():

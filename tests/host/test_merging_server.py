@@ -40,7 +40,7 @@ def test_a_merged_picture_is_the_patched_one_and_unloaded_it_is_the_bare_one(ser
     entry = server.post(behind(patched, "LoraOpsStack", MERGE))
     assert server.images(entry) == [wanted] != [bare]
     (told,) = [found for found in receipts(entry) if "before" in found]
-    assert told["mode"] == {"clip": "merged", "model": "merged"}
+    assert told["mode"] == {"clip": "merged", "model": "merged"} and told["weights"] > 50
     assert [each[1:] for each in told["before"]] == [["model", 0.8], ["model", -0.3], ["clip", 0.6], ["clip", -0.3]]
     assert picture(server, behind(patched, "LoraOpsStack", UNLOAD)) == bare
     assert picture(server, patched) == wanted
