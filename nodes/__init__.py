@@ -7,10 +7,11 @@ appended; a changed meaning is a new node.
 from .host.api import ComfyExtension
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
 from .patching import LoraOpsApply
+from .saving import LoraOpsSaveCheckpoint
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
-NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords, LoraOpsScale)
+NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords, LoraOpsScale, LoraOpsSaveCheckpoint)
 
 
 def extension() -> ComfyExtension:
