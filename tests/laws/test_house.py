@@ -25,6 +25,7 @@ ORDER = (
     "select",
     "stack",
     "landing",
+    "recipe",
     "scaling",
     "live",
     "layouts",

@@ -426,7 +426,7 @@ def test_a_peft_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for name in ("write", "write_synced"):
+    for name in ("write_laid", "write_synced"):
         with monkeypatch.context() as patch:
             patch.setattr(files.folder, name, full)
             error = refusal(lambda path: write(path, lora, PEFT, FLUX, shapes=SMALL), tmp_path)
@@ -437,7 +437,7 @@ def test_a_peft_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     other = Lora("x", {Q: pair(8, 8, seed=5)})
     assert "exists" in refusal(lambda path: write(path, other, PEFT, FLUX, shapes=SMALL), tmp_path).what
     with monkeypatch.context() as patch:
-        patch.setattr(files.folder, "write", full)
+        patch.setattr(files.folder, "write_laid", full)
         refusal(lambda path: write(path, other, PEFT, FLUX, shapes=SMALL, overwrite=True), tmp_path)
     assert content(final) == before
     write(final, other, PEFT, FLUX, shapes=SMALL, overwrite=True)
@@ -446,11 +446,13 @@ def test_a_peft_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    """Where the system cannot exchange two names."""
+    monkeypatch.setattr(files.folder, "_exchanged", lambda *_: False)
     write(tmp_path / "new", Lora("x", {Q: pair(8, 8)}), PEFT, FLUX, shapes=SMALL)
     before, rename = content(tmp_path / "new"), files.folder.os.rename
 
     def stubborn(source, target):
-        if str(source).endswith(files.folder.TEMPORARY):
+        if str(source).endswith(files.writing.TEMPORARY):
             raise PermissionError(13, "Permission denied")
         rename(source, target)
 
