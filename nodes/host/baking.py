@@ -104,7 +104,7 @@ def unbaked(patcher: Any) -> list[str]:
     """What is on a MODEL or CLIP and in no weight, so that no file can hold it: for people, by kind and type."""
     ours = live.KEY
     found: dict[str, Iterable[Any]] = {
-        f"object patch {name}": [value] for name, value in patcher.object_patches.items()
+        f"object patch {name}": [value] for name, value in patcher.object_patches.items() if name != COMPUTE
     }
     found |= {f"weight wrapper of {key}": there for key, there in patcher.weight_wrapper_patches.items()}
     for kind, keyed in patcher.wrappers.items():

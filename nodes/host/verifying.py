@@ -18,7 +18,7 @@ from .renaming import Rule, computed, renamed
 
 @dataclass(frozen=True)
 class Verified:
-    """How far a file is from the live weights: of so many, this many equal to the bit, and the worst in units in the
+    """How far a file is from the live weights: of so many, this many equal in every number, and the worst in units in the
     last place of the coarser of its two dtypes, at most one of which rounding to each explains."""
 
     weights: int = 0
@@ -33,7 +33,7 @@ class Verified:
 
     @property
     def text(self) -> str:
-        told = f"{self.equal} of {self.weights} weights equal the live ones to the bit"
+        told = f"{self.equal} of {self.weights} weights equal the live ones"
         return told + (f"; worst {self.worst}: {self.ulps:.2g} ulp, {self.relative:.1e}" if self.ulps else "")
 
 
@@ -73,13 +73,14 @@ def _compared(part: Part, key: str, read: Tensor, header: Header) -> Verified:
     live = weight.rounded(weight.base.dtype)
     if read.shape != live.shape:
         raise FileError(f"has the shape {tuple(read.shape)}, not {tuple(live.shape)}.", file=header.path, module=key)
-    if read.dtype == live.dtype and torch.equal(read, live):
+    wide = torch.promote_types(read.dtype, live.dtype)
+    if torch.equal(read.to(wide), live.to(wide)):
         return Verified(1, 1)
     far, relative = distance(read, live)
     if not far <= 1:
         what = f"is {far:.3g} ulp from the live weight, more than rounding explains."
         raise FileError(what, file=header.path, module=key, remedy="Nothing was saved; please report this.", ulps=far)
-    return Verified(1, int(far == 0), weight.key, far, relative)
+    return Verified(1, 0, weight.key, far, relative)
 
 
 def distance(one: Tensor, other: Tensor) -> tuple[float, float]:
