@@ -5,13 +5,24 @@ appended; a changed meaning is a new node.
 """
 
 from .host.api import ComfyExtension
+from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
 from .patching import LoraOpsApply
-from .saving import LoraOpsSaveCheckpoint
+from .saving import LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
-NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords, LoraOpsScale, LoraOpsSaveCheckpoint)
+NODES = (
+    LoraOpsLoad,
+    LoraOpsApply,
+    LoraOpsStack,
+    LoraOpsTriggerWords,
+    LoraOpsScale,
+    LoraOpsPatches,
+    LoraOpsUnload,
+    LoraOpsSaveCheckpoint,
+    LoraOpsSaveLora,
+)
 
 
 def extension() -> ComfyExtension:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from ..lora_ops.errors import shown
-from .host import destinations, saving
+from ..lora_ops.errors import TargetError, shown
+from ..lora_ops.families import FAMILIES, Family, recognise
+from ..lora_ops.landing import guess
+from ..lora_ops.layouts import LAYOUTS, write, write_numbered
+from ..lora_ops.lora import Lora
+from ..lora_ops.words import PHRASE, joined
+from .host import destinations, patching, saving
 from .host.api import io
 from .host.checkpoints import FOLDERS, Part
 from .host.progress import Meter
-from .widgets import told
+from .sockets import lora_of, words_of
+from .widgets import LoraModelType, told
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -120,3 +128,96 @@ def _text(saved: Sequence[saving.Saved]) -> str:
         lines += [f"✓ {shown(each.path.name)}: {each.bytes / 1e9:.2f} GB, {each.tensors} tensors ({each.stored})"]
         lines += [f"   {each.verified.text}", *(f"! {note}" for note in each.notes)]
     return "\n".join(lines)
+
+
+class LoraOpsSaveLora(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoraOpsSaveLora",
+            display_name="Save LoRA (LoRA Ops)",
+            category="model/merging",
+            description="Writes a LoRA as another program reads it, with the same effect.",
+            search_aliases=["save lora", "export lora", "convert lora"],
+            inputs=[
+                LoraModelType.Input("lora", tooltip="The LoRA, from Load LoRA, Scale LoRA, Train LoRA, …"),
+                filename_prefix("loras/LoRA_Ops"),
+                io.Combo.Input(
+                    "layout",
+                    options=[layout.name for layout in LAYOUTS],
+                    tooltip="Whose names it is written in. kohya: sd-scripts and most programs. comfy: the model's own "
+                    "names. diffusers. peft: a folder with its adapter_config.json, for one network.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    tooltip="How the factors are stored. keep: each as it is. Else rounded once.",
+                ),
+                io.String.Input(
+                    "trigger_words",
+                    default="",
+                    tooltip="The words it answers to, separated by commas, written into its metadata. Empty: those it "
+                    "has.",
+                ),
+                destination("models/loras"),
+                if_exists(),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model it is for. Without it: the published model the LoRA looks made for.",
+                ),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The text encoder, where a model is connected and the LoRA has both."
+                ),
+            ],
+            outputs=[io.String.Output(display_name="path", tooltip="The file, or PEFT's folder.")],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        lora,
+        filename_prefix,
+        layout,
+        dtype,
+        trigger_words,
+        destination,
+        if_exists,
+        model=None,
+        clip=None,
+    ):
+        to = destinations.destination(destination, "loras", filename_prefix, cls.hidden.prompt)
+        (chosen,) = (each for each in LAYOUTS if each.name == layout)
+        found, shapes = lora_of(lora), patching.shapes(model, clip)
+        kept = {key: value for key, value in found.metadata.items() if key not in saving.GRAPH}
+        told_too = saving.workflow(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        if words := trigger_words.strip() or joined(words_of(lora).words):
+            told_too[PHRASE] = words
+        arguments = {
+            "lora": replace(found, metadata=kept),
+            "layout": chosen,
+            "family": recognise(shapes) if shapes else _family(found),
+            "shapes": shapes or None,
+            "metadata": told_too,
+            "dtype": DTYPES[dtype],
+        }
+        ending = "" if chosen.folder else saving.SUFFIX
+        if if_exists == "number":
+            path, laid = write_numbered(partial(to.numbered, ending), **arguments)
+        else:
+            path = to.path(ending)
+            laid = write(path, overwrite=False, **arguments)
+        to.refresh()
+        text = f"✓ {shown(path.name)}: {len(laid.modules)} modules in the layout {layout}"
+        data = {"version": 1, "path": str(path), "layout": layout, "modules": len(laid.modules)}
+        return io.NodeOutput(str(path), ui=told(data, text))
+
+
+def _family(lora: Lora) -> Family:
+    likely = guess(lora)
+    for family in FAMILIES:
+        if likely and family.name == likely.family:
+            return family
+    raise TargetError("looks made for no model this version knows.", file=lora.name, remedy="Connect its MODEL.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ...lora_ops.errors import ShapeError, TargetError
 from . import live
+from .inspecting import others
 from .patching import LandedPatch
 
-COMPUTE = "manual_cast_dtype"  # the object patch by which the host sets the dtype it computes in
+HOSTS = ("manual_cast_dtype (dtype)",)  # by which the host itself sets the dtype that a CLIP computes in
 CHUNK = 64 << 20  # bytes of an unchanged weight that are cast at a time
 
 
@@ -74,8 +75,10 @@ def weights(patcher: Any, prefix: str = "") -> dict[str, Weight]:
     Raises TargetError for what has no one value to write.
     """
     patches = {key: tuple(there) for key, there in patcher.patches.items()}
-    for key, pieces in live.baked(patcher).items():
-        patches[key] = (*patches.get(key, ()), (1.0, LandedPatch.of(pieces), 1.0, None, None))
+    if attached := live.bakeable(patcher):
+        for key, pieces in attached.pieces.items():
+            patch = LandedPatch.of(pieces, attached.rows)
+            patches[key] = (*patches.get(key, ()), (1.0, patch, 1.0, None, None))
     found = {}
     for key, tensor in patcher.model_state_dict(prefix or None).items():
         there = patches.get(key, ())
@@ -101,33 +104,6 @@ def _unpatched(patcher: Any, key: str, tensor: Tensor) -> Tensor:
 
 
 def unbaked(patcher: Any) -> list[str]:
-    """What is on a MODEL or CLIP and in no weight, so that no file can hold it: for people, by kind and type."""
-    ours = live.KEY
-    found: dict[str, Iterable[Any]] = {
-        f"object patch {name}": [value] for name, value in patcher.object_patches.items() if name != COMPUTE
-    }
-    found |= {f"weight wrapper of {key}": there for key, there in patcher.weight_wrapper_patches.items()}
-    for kind, keyed in patcher.wrappers.items():
-        found |= {f"wrapper {kind}": there for key, there in keyed.items() if key != ours and there}
-    found |= {f"injection {key}": there for key, there in patcher.injections.items() if key != ours}
-    found |= {f"additional model {key}": there for key, there in patcher.additional_models.items()}
-    if patcher.hook_patches or patcher.forced_hooks:
-        found["hooks"] = [*patcher.hook_patches, *([patcher.forced_hooks] if patcher.forced_hooks else [])]
-    found |= {f"option {name}": there for name, there in _functions(patcher.model_options).items()}
-    return [f"{what} ({', '.join(sorted(set(map(_kind, there))))})" for what, there in found.items()]
-
-
-def _functions(options: Mapping[Any, Any], path: str = "") -> dict[str, list[Any]]:
-    """What other nodes put into model_options to be called: each function or object by its place."""
-    found: dict[str, list[Any]] = {}
-    for key, value in options.items():
-        name = f"{path}{key}"
-        if isinstance(value, Mapping):
-            found |= _functions(value, f"{name}.")
-        elif there := [each for each in (value if isinstance(value, list | tuple) else [value]) if callable(each)]:
-            found[name] = there
-    return found
-
-
-def _kind(value: Any) -> str:
-    return getattr(value, "__qualname__", None) or type(value).__qualname__
+    """What other nodes put on a MODEL or CLIP that is in no weight, so that no file can hold it: for people."""
+    found = {kind: [name for name in names if name not in HOSTS] for kind, names in others(patcher).items()}
+    return [f"{kind}: {', '.join(names)}" for kind, names in found.items() if names and kind != "attachments"]

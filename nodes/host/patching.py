@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import comfy.model_management
@@ -17,14 +18,14 @@ from ...lora_ops.families import Shapes, recognise
 from ...lora_ops.landing import Landing, Piece, add_
 from ...lora_ops.lora import TargetMap
 from ...lora_ops.stack import Schedule
-from . import live
+from . import ledger, live
 
 
 class LandedPatch(WeightAdapterBase):
     """All that our nodes do to one weight.
 
     The host rebuilds patches as type(p)(p.loaded_keys, p.weights) with the tensors moved, and walks tuples and lists
-    only: each piece is (adapter class, its fields, band, strength) in plain tuples.
+    only: each piece is its row in the ledger and (adapter class, its fields, band, strength) in plain tuples.
     """
 
     name = "lora_ops"
@@ -34,12 +35,21 @@ class LandedPatch(WeightAdapterBase):
         self.weights = weights
 
     @classmethod
-    def of(cls, pieces: tuple[Piece, ...]) -> LandedPatch:
-        return cls(set(), tuple(piece.packed() for piece in pieces))
+    def of(cls, pieces: tuple[Piece, ...], rows: Sequence[str]) -> LandedPatch:
+        """rows[n] is the row in the ledger of the stack's entry n."""
+        return cls(set(), tuple((rows[piece.entry], piece.packed()) for piece in pieces))
 
     def joined(self, other: LandedPatch) -> LandedPatch:
         """This patch and then the other, as one."""
         return LandedPatch(set(), self.weights + other.weights)
+
+    def without(self, rows: AbstractSet[str]) -> LandedPatch:
+        """What remains when these rows of the ledger are taken off."""
+        return LandedPatch(set(), tuple(each for each in self.weights if each[0] not in rows))
+
+    @property
+    def pieces(self) -> list[Piece]:
+        return [Piece.unpacked(piece, lambda tensor: tensor) for _, piece in self.weights]
 
     def calculate_weight(
         self,
@@ -62,19 +72,25 @@ class LandedPatch(WeightAdapterBase):
         compute = torch.promote_types(weight.dtype, intermediate_dtype)
         total, wide = weight.to(compute), torch.promote_types(compute, torch.float32)
         move = comfy.model_management.cast_to_device
-        pieces = [Piece.unpacked(piece, lambda t: move(t, weight.device, wide)) for piece in self.weights]
+        pieces = [Piece.unpacked(piece, lambda t: move(t, weight.device, wide)) for _, piece in self.weights]
         add_(total, pieces, strength)
         return total
 
 
 def targets(model: Any, clip: Any) -> TargetMap:
     """The TargetMap of what is connected: a MODEL, a CLIP or both (None: not connected)."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    found = shapes(model, clip)
+    return target_map(recognise(found), found)
+
+
+def shapes(model: Any, clip: Any) -> Shapes:
+    """The shapes of all weights of what is connected, by their names in the host."""
+    found: dict[str, tuple[int, ...]] = {}
     if model is not None:
-        shapes |= _shapes(model)
+        found |= _shapes(model)
     if clip is not None:
-        shapes |= _shapes(clip.patcher)
-    return target_map(recognise(shapes), shapes)
+        found |= _shapes(clip.patcher)
+    return found
 
 
 def _shapes(patcher: Any) -> Shapes:
@@ -102,16 +118,39 @@ def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
     mode is "patch", "live", or "auto": live for the weights that are stored too coarsely to hold an update.
     """
     how: dict[str, str] = {}
+    ids = ledger.rows_of(landing)
     if pieces := landing.of_part("model"):
         model = model.clone()
-        how["model"] = _put(model, landing, "model", pieces, mode)
+        how["model"] = _put(model, landing, ids, "model", pieces, mode)
     if pieces := landing.of_part("clip"):
         clip = clip.clone()
-        how["clip"] = _put(clip.patcher, landing, "clip", pieces, mode)
+        how["clip"] = _put(clip.patcher, landing, ids, "clip", pieces, mode)
     return Applied(model, clip, how)
 
 
-def _put(patcher: Any, landing: Landing, part: str, pieces: Mapping[str, tuple[Piece, ...]], mode: str) -> str:
+def take_off(patcher: Any, rows: AbstractSet[str]) -> None:
+    """Take rows of the ledger off a fresh clone; all else keeps its place and order."""
+    for key, there in list(patcher.patches.items()):
+        left = [
+            (entry[0], entry[1].without(rows), *entry[2:]) if isinstance(entry[1], LandedPatch) else entry
+            for entry in there
+        ]
+        patcher.patches[key] = [entry for entry in left if not isinstance(entry[1], LandedPatch) or entry[1].weights]
+        if not patcher.patches[key]:
+            del patcher.patches[key]
+    _renew(patcher, {})
+    live.detach(patcher, rows)
+    ledger.write(patcher, [each for each in ledger.records(patcher) if each.row not in rows])
+
+
+def _put(
+    patcher: Any,
+    landing: Landing,
+    ids: Sequence[str],
+    part: str,
+    pieces: Mapping[str, tuple[Piece, ...]],
+    mode: str,
+) -> str:
     rows = [row.entry for row in landing.rows]
     scheduled = not all(row.schedule.constant for row in rows)
     # A text encoder runs once, before sampling: there is no percent for it.
@@ -127,12 +166,14 @@ def _put(patcher: Any, landing: Landing, part: str, pieces: Mapping[str, tuple[P
             how = f"live, its weights are {', '.join(sorted(set(stored.values())))}"
             others = len(pieces) - len(stored)
             how += f"; {others} of its {len(pieces)} weights are not and were patched" if others else ""
-    if patched := {key: there for key, there in pieces.items() if key not in running}:
+    patched = {key: there for key, there in pieces.items() if key not in running}
+    attached = {key: there for key, there in pieces.items() if key in running}
+    if patched:
         _require_seen(patcher, patched)
-        _register(patcher, {key: LandedPatch.of(there) for key, there in patched.items()})
-    if running:
-        attached = {key: there for key, there in pieces.items() if key in running}
-        live.attach(patcher, attached, [row.strengths[part] for row in rows], schedules)
+        _register(patcher, {key: LandedPatch.of(there, ids) for key, there in patched.items()})
+    if attached:
+        live.attach(patcher, attached, ids, [row.strengths[part] for row in rows], schedules)
+    ledger.add(patcher, ledger.recorded(landing, ids, part, patched, attached))
     return f"{how}, without the schedule (a text encoder has no steps)" if scheduled and part == "clip" else how
 
 
@@ -170,6 +211,11 @@ def _register(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:
             there[-1] = (1.0, last[1].joined(patch), 1.0, None, None)  # the clone's own list
         else:
             fresh[key] = patch
-    # Called for no weight too: it renews patches_uuid, which tells the host that the weights in memory are stale.
-    if missing := fresh.keys() - set(patcher.add_patches(fresh)):
+    _renew(patcher, fresh)
+
+
+def _renew(patcher: Any, patches: Mapping[str, LandedPatch]) -> None:
+    """Add patches to a clone, perhaps none: the host renews patches_uuid, by which it knows that the weights in memory
+    are stale."""
+    if missing := patches.keys() - set(patcher.add_patches(patches)):
         raise TargetError(f"{len(missing)} weights are not in the model any more.", module=min(missing))

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ...lora_ops.files import Lazy, Progress, write, write_numbered
 from ...lora_ops.layouts.metadata import BASES
+from ...lora_ops.recipe import KEY as RECIPE
+from ...lora_ops.recipe import Ingredient, Recipe
+from . import ledger
 from .baking import unbaked
 from .checkpoints import File, Part, files_of, predict_key
 from .destinations import Destination
@@ -157,7 +160,8 @@ def _planned(file: File) -> _Plan:
     return _Plan(file, {name: lazy(name, result) for name, result in found.items()}, kept)
 
 
-STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", "prompt", "workflow")
+GRAPH = ("prompt", "workflow")  # of another file, in what a file was made of
+STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash", *GRAPH)
 
 
 def described(file: File, title: str) -> dict[str, str]:
@@ -167,12 +171,25 @@ def described(file: File, title: str) -> dict[str, str]:
     told = {key: value for key, value in main.source.metadata.items() if key not in stale}
     told |= {"format": "pt", "modelspec.sai_model_spec": "1.0.1", "modelspec.title": title}
     told["modelspec.date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    if recipe := _recipe(file, told):
+        told[RECIPE] = recipe.text
     if main.name == "model":
         if base := BASES.get(targets(main.thing, None).family):
             told["modelspec.architecture"] = base.architecture
         if predicted := predict_key(main.thing):
             told["modelspec.predict_key"] = predicted
     return told
+
+
+def _recipe(file: File, told: Mapping[str, str]) -> Recipe | None:
+    """The LoRAs that were in the source already, then those of our nodes, each with its strengths; None without any."""
+    rows: dict[str, Ingredient] = {}
+    for part in file.parts:
+        for each in ledger.records(part.patcher):
+            before = rows[each.row].strengths if each.row in rows else {}
+            rows[each.row] = Ingredient(each.name, each.sha256(), {**before, each.part: each.strength}, each.blocks)
+    found = Recipe.of_metadata(told, "the source").joined(Recipe(tuple(rows.values())))
+    return found if found.loras else None
 
 
 def workflow(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:

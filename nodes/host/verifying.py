@@ -18,8 +18,8 @@ from .renaming import Rule, computed, renamed
 
 @dataclass(frozen=True)
 class Verified:
-    """How far a file is from the live weights: of so many, this many equal in every number, and the worst in units in the
-    last place of the coarser of its two dtypes, at most one of which rounding to each explains."""
+    """How far a file is from the live weights: of so many, this many are equal, and the worst is so many units in the
+    last place away, each of the coarser dtype: rounding to both explains one."""
 
     weights: int = 0
     equal: int = 0
