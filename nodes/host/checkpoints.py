@@ -232,11 +232,19 @@ def _text_encoders(clip: Part) -> list[File]:
             remedy="Save it within a full checkpoint.",
         )
 
+    # What its file did not have either is the host's own memory, perhaps never written to.
+    known = clip.source.dtypes
+    absent = {key for key, weight in clip.weights.items() if known and key not in known and not weight.patches}
+
     def saving(name: str) -> Rule:
         prefix = f"{name}.transformer."
         return lambda named: (
             tokenizer
-            | {key.removeprefix(prefix): tensor for key, tensor in _of(named, "clip").items() if key.startswith(prefix)}
+            | {
+                key.removeprefix(prefix): tensor
+                for key, tensor in _of(named, "clip").items()
+                if key.startswith(prefix) and key not in absent
+            }
         )
 
     endings = [f"_{name}" if len(names) > 1 else "" for name in names]

@@ -92,9 +92,11 @@ def distance(one: Tensor, other: Tensor) -> tuple[float, float]:
     worst, different, whole = 0.0, 0.0, 0.0
     for mine, its in zip(one.split(rows), other.split(rows), strict=True):
         mine, its = mine.double(), its.double()
-        gap, (_, exponent) = (mine - its).abs_(), torch.frexp(torch.maximum(mine.abs(), its.abs()))
+        same = (mine == its) | (mine.isnan() & its.isnan())
+        gap = (mine - its).abs_().nan_to_num_(nan=torch.inf).masked_fill_(same, 0)
+        _, exponent = torch.frexp(torch.maximum(mine.abs(), its.abs()).nan_to_num_())
         power = torch.exp2(exponent.double() - 1)
         unit = torch.stack([(power * kind.eps).clamp_min_(kind.eps * kind.tiny) for kind in kinds]).amax(0)
         worst = max(worst, float((gap / unit).max())) if gap.numel() else worst
-        different, whole = different + float(gap.square().sum()), whole + float(its.square().sum())
+        different, whole = different + float(gap.square().sum()), whole + float(its.nan_to_num(0, 0, 0).square().sum())
     return worst, (different / whole) ** 0.5 if whole else 0.0

@@ -13,7 +13,8 @@ import torch
 from harness import inside, small
 from harness.inside import SMALLER, patched_weights
 
-DTYPES = {None: "keep", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# CLIP-L of SD1.5 has no such weights: the host leaves what is in its memory there and never uses it.
+UNUSED = ("clip_l.logit_scale", "clip_l.transformer.text_projection.weight")
 
 
 @pytest.fixture
@@ -130,8 +131,8 @@ def test_a_full_checkpoint_keeps_its_files_dtypes_and_reopens_within_one_roundin
         assert torch.equal(weight, wanted[f"diffusion_model.{key}"].half().float()), key
     # A text encoder stays in fp16 on a CPU, too: no rounding is left.
     wanted = live(patched.clip.patcher)
-    read = {key: each for key, each in clip.cond_stage_model.state_dict().items() if "logit_scale" not in key}
-    assert differing(read, wanted, [key for key in read if "text_projection" not in key]) == []
+    read = clip.cond_stage_model.state_dict()
+    assert differing(read, wanted, [key for key in read if key not in UNUSED]) == []
     assert differing(again.get_sd(), vae.get_sd()) == []
 
 
@@ -150,7 +151,7 @@ def test_clip_and_vae_reopen_from_files_of_their_own(save, checkpoint, patched):
     clip = comfy.sd.load_clip([str(saved.path)])
     wanted = live(patched.clip.patcher)
     read = clip.cond_stage_model.state_dict()
-    assert differing(read, wanted, [key for key in read if "logit_scale" not in key]) == []
+    assert differing(read, wanted, [key for key in read if key not in UNUSED]) == []
     vae = checkpoint[2]
     ((saved),) = save("VAE", vae=vae)
     assert differing(comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(saved.path))).get_sd(), vae.get_sd()) == []
