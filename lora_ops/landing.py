@@ -254,11 +254,30 @@ def _not_covered(row: RowLanding, landing: Landing, minimum: float) -> TargetErr
     return TargetError(what, file=lora.name, remedy=remedy, guess=likely and likely.family, **facts)
 
 
-def merged(weight: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """The weight with all pieces, in float32, rounded once to the weight's dtype. The weight itself is not changed."""
-    total = weight.to(torch.float32, copy=True)
+def merged(weight: Tensor, pieces: Sequence[Piece], dtype: torch.dtype | None = None) -> Tensor:
+    """The weight with all pieces, in float32 at least, rounded once to dtype (None: the weight's own). The weight
+    itself is not changed."""
+    total = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
     add_(total, pieces)
-    return total.to(weight.dtype)
+    return total.to(dtype or weight.dtype)
+
+
+def of_rows(pieces: Iterable[Piece], start: int, length: int) -> tuple[Piece, ...]:
+    """What pieces of a weight do to these rows of it, for the rows alone.
+
+    Raises AdapterError for a piece that is to be cut and cannot be.
+    """
+    found = []
+    for piece in pieces:
+        rows = piece.band or Band(start, length)  # a piece without a band is of all rows
+        low, high = max(rows.start, start), min(rows.end, start + length)
+        if low < high:
+            whole = piece.band is not None and (low, high) == (rows.start, rows.end)
+            first = low - piece.band.start if piece.band else start
+            adapter = piece.adapter if whole else piece.adapter.narrowed(first, high - low)
+            band = None if high - low == length else Band(low - start, high - low)
+            found.append(replace(piece, adapter=adapter, band=band))
+    return tuple(found)
 
 
 def add_(weight: Tensor, pieces: Iterable[Piece], strength: float = 1.0) -> None:

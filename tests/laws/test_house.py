@@ -31,6 +31,7 @@ ORDER = (
     "layouts",
     "receipt",
     "words",
+    "checkpoints",
     "merge",
     "train",
     "report",
