@@ -8,7 +8,7 @@ from .host.api import ComfyExtension
 from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
 from .patching import LoraOpsApply
-from .saving import LoraOpsSaveCheckpoint, LoraOpsSaveLora
+from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
@@ -22,6 +22,7 @@ NODES = (
     LoraOpsUnload,
     LoraOpsSaveCheckpoint,
     LoraOpsSaveLora,
+    LoraOpsMergeFiles,
 )
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from ..lora_ops.errors import TargetError, shown
+from ..lora_ops import checkpoints
+from ..lora_ops.errors import LoraOpsError, TargetError, shown
 from ..lora_ops.families import FAMILIES, Family, recognise
-from ..lora_ops.landing import guess
+from ..lora_ops.landing import guess, land, require_coverage
 from ..lora_ops.layouts import LAYOUTS, write, write_numbered
 from ..lora_ops.lora import Lora
+from ..lora_ops.receipt import receipt
+from ..lora_ops.stack import finite, parse, require_constant
 from ..lora_ops.words import PHRASE, joined
-from .host import destinations, patching, saving
+from .host import caches, destinations, names, patching, saving
 from .host.api import io
 from .host.checkpoints import FOLDERS, Part
 from .host.progress import Meter
-from .sockets import lora_of, words_of
-from .widgets import LoraModelType, told
+from .host.rows import on_disk
+from .sockets import lora_of, rows_of, words_of
+from .widgets import LoraModelType, LoraStackType, min_coverage, stack, told
 
 DTYPES = {"keep": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -213,6 +218,88 @@ class LoraOpsSaveLora(io.ComfyNode):
         text = f"✓ {shown(path.name)}: {len(laid.modules)} modules in the layout {layout}"
         data = {"version": 1, "path": str(path), "layout": layout, "modules": len(laid.modules)}
         return io.NodeOutput(str(path), ui=told(data, text))
+
+
+class LoraOpsMergeFiles(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="LoraOpsMergeFiles",
+            display_name="Merge LoRAs into File (LoRA Ops)",
+            category="model/merging",
+            description="Merges LoRAs into a model's file without loading the model: any size, little memory.",
+            search_aliases=["merge lora", "bake lora", "merge checkpoint", "save merged"],
+            inputs=[
+                io.Combo.Input(
+                    "base",
+                    options=names.bases(),
+                    tooltip="The file to merge into, of models/checkpoints or models/diffusion_models; it stays as it "
+                    "is.",
+                ),
+                stack(),
+                io.Combo.Input(
+                    "dtype",
+                    options=["keep", *checkpoints.DTYPES],
+                    tooltip="How the model and its text encoders are stored. keep: each tensor as it is; what no LoRA "
+                    "touches is copied byte for byte. Else all of them rounded once; fp8: the matrices.",
+                ),
+                filename_prefix("checkpoints/LoRA_Ops"),
+                destination("the folder that the base is of"),
+                if_exists(),
+                LoraStackType.Input(
+                    "lora_stack", optional=True, tooltip="Rows from a stack node; they come before these."
+                ),
+                min_coverage(),
+            ],
+            outputs=[
+                io.String.Output(display_name="path", tooltip="The merged file."),
+                io.String.Output(display_name="receipt", tooltip="What landed and what did not, as JSON."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, base=None, stack=None):
+        try:
+            rows = [row for row in parse(stack or "") if row.on]
+            return all(names.find(row.name, row.sha256) for row in rows) and (base is None or bool(names.base(base)))
+        except LoraOpsError as error:
+            return str(error)
+
+    @classmethod
+    def fingerprint_inputs(cls, base=None, stack="", **inputs):
+        """A wired text or stack is None here: then any changed LoRA file counts."""
+        if base is None or stack is None or "lora_stack" in inputs:
+            return names.fingerprint_of_all()
+        loras = names.fingerprint([(row.name, row.sha256) for row in parse(stack) if row.on])
+        return f"{names.state(names.base(base).path)}; {loras}"
+
+    @classmethod
+    def execute(cls, base, stack, dtype, filename_prefix, destination, if_exists, min_coverage, lora_stack=None):
+        rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
+        require_constant(rows)
+        found, start = names.base(base), time.perf_counter()
+        to = destinations.destination(destination, found.kind, filename_prefix, cls.hidden.prompt)
+        checkpoint, loras = checkpoints.opened(found.path), on_disk(rows)
+        hashed = [
+            replace(entry, sha256=caches.tensor_hash(meant.path))
+            for entry, meant in zip(loras.entries, loras.meant, strict=True)
+        ]
+        landing = land(hashed, checkpoint.targets)
+        require_coverage(landing, finite(min_coverage, "min_coverage"))
+        tensors, metadata = checkpoints.contents(
+            checkpoint, landing, dtype=checkpoints.DTYPES.get(dtype), device=saving.device()
+        )
+        metadata = {key: value for key, value in metadata.items() if key not in saving.GRAPH}
+        metadata |= saving.workflow(cls.hidden.prompt, cls.hidden.extra_pnginfo)
+        with Meter(cls.hidden.unique_id, to.name) as meter:
+            path = saving.put(to, saving.SUFFIX, if_exists, tensors, metadata, meter)
+        to.refresh()
+        made = receipt(landing, time.perf_counter() - start)
+        data = {**made.data, "path": str(path), "bytes": path.stat().st_size}
+        text = f"✓ {shown(path.name)}: {data['bytes'] / 1e9:.2f} GB\n{made.text}"
+        return io.NodeOutput(str(path), json.dumps(data, ensure_ascii=False), ui=told(data, text))
 
 
 def _family(lora: Lora) -> Family:

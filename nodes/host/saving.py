@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 from comfy.cli_args import args
 from torch import Tensor
 
@@ -80,6 +81,23 @@ def save(
     return done
 
 
+def put(
+    to: Destination,
+    ending: str,
+    if_exists: str,
+    tensors: Mapping[str, Tensor | Lazy],
+    metadata: Mapping[str, str],
+    progress: Progress,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a file (see files.write) under the next free number of a name, or under the name itself if that is free."""
+    if if_exists == "number":
+        return write_numbered(partial(to.numbered, ending), tensors, metadata, progress=progress, check=check)
+    path = to.path(ending)
+    write(path, tensors, metadata, overwrite=False, progress=progress, check=check)
+    return path
+
+
 def _told(progress: Progress, before: int, total: int, done: int) -> None:
     progress(min(before + done, total), total)
 
@@ -108,14 +126,9 @@ class _Plan:
             verified = verify(path, self.file, self.kept, more)
 
         ending = self.file.ending + SUFFIX
-        arguments: dict[str, Any] = {"progress": lambda done, _: told(done), "check": check}
-        if if_exists == "number":
-            path = write_numbered(partial(to.numbered, ending), self.tensors, metadata, **arguments)
-        else:
-            path = to.path(ending)
-            write(path, self.tensors, metadata, overwrite=False, **arguments)
+        path = put(to, ending, if_exists, self.tensors, metadata, lambda done, _: told(done), check)
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values())
-        return Saved(path, path.stat().st_size, len(self.tensors), dtypes, verified, tuple(self.notes()))
+        return Saved(path, path.stat().st_size, len(self.tensors), dict(dtypes), verified, tuple(self.notes()))
 
     def notes(self) -> list[str]:
         found = []
@@ -190,6 +203,11 @@ def _recipe(file: File, told: Mapping[str, str]) -> Recipe | None:
             rows[each.row] = Ingredient(each.name, each.sha256(), {**before, each.part: each.strength}, each.blocks)
     found = Recipe.of_metadata(told, "the source").joined(Recipe(tuple(rows.values())))
     return found if found.loras else None
+
+
+def device() -> str:
+    """Where the host computes, for work on files."""
+    return str(comfy.model_management.get_torch_device())
 
 
 def workflow(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
