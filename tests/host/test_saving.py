@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 from pathlib import Path
 
@@ -357,37 +355,3 @@ def test_a_saved_model_is_in_the_hosts_list_at_once(ours, tmp_path, monkeypatch,
     os.utime(tmp_path, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # a disk that keeps whole seconds
     to.refresh()
     assert folder_paths.get_filename_list("vae") == ["ink.safetensors"]
-
-
-def saving_node(prompt: dict, **inputs) -> dict:
-    """The prompt with a Save Checkpoint node behind its stack, of the model as it is sampled."""
-    changed = copy.deepcopy(prompt)
-    stack = next(number for number, node in changed.items() if node["class_type"] == "LoraOpsStack")
-    loader = next(number for number, node in changed.items() if node["class_type"] == "CheckpointLoaderSimple")
-    asked = {
-        "model": [stack, 0],
-        "clip": [stack, 1],
-        "vae": [loader, 2],
-        "filename_prefix": "saved/%CheckpointLoaderSimple.ckpt_name%",
-        "layout": "full checkpoint",
-        **dict.fromkeys(("dtype_model", "dtype_clip", "dtype_vae"), "fp32"),
-        "destination": "models",
-        "if_exists": "number",
-        **inputs,
-    }
-    return changed | {"save": {"class_type": "LoraOpsSaveCheckpoint", "inputs": asked}}
-
-
-def test_the_saved_checkpoint_paints_the_picture_that_was_sampled(server, example):
-    from tests.host.test_server import STACK, node_of, picture, without_loras
-
-    prompt = saving_node(example(STACK))
-    entry = server.post(prompt)
-    (pixels,) = server.images(entry)
-    (receipt,) = (json.loads(each) for each in entry["outputs"]["save"]["lora_ops"])
-    (file,) = receipt["files"]
-    assert file["verified"]["ulps"] <= 1 and Path(file["path"]).name.endswith("_00001_.safetensors")
-    bare = without_loras(example(STACK), "LoraOpsStack")
-    plain = picture(server, bare)
-    node_of(bare, "CheckpointLoaderSimple")["inputs"]["ckpt_name"] = f"saved/{Path(file['path']).name}"
-    assert picture(server, bare) == pixels != plain
