@@ -57,7 +57,7 @@ def destination(where: str, kind: str, prefix: str, prompt: Mapping[str, Any] | 
     root = Path(_models(kind) if where == "models" else folder_paths.get_output_directory())
     parts = told.split("/")
     refused = told.startswith("/") or ":" in told or "\0" in told or any(part in ("", ".", "..") for part in parts)
-    if refused or not folder_paths.is_within_directory(str(root), str(root.joinpath(*parts))):
+    if refused or not root.joinpath(*parts).resolve().is_relative_to(root.resolve()):
         raise FileError(
             "is no name inside the folder it is to be saved in.",
             file=told,
