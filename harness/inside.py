@@ -17,8 +17,25 @@ SMALLER = {
     "sd15": {"model_channels": 32},
     "sdxl": {"model_channels": 32, "num_heads": 8, "num_head_channels": -1},
     "flux": {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64},
+    "sd35_medium": {
+        "depth": 2,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+        "adm_in_channels": 32,
+        "num_patches": 64,
+        "pos_embed_max_size": 8,
+        "x_block_self_attn_layers": [0],
+    },
+    "wan": {"dim": 128, "num_heads": 1, "ffn_dim": 256, "num_layers": 1},
+    "z_image": {
+        "dim": 240,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "axes_dims": [40, 40, 40],
+        "n_layers": 1,
+        "cap_feat_dim": 64,
+    },
 }
-FAMILIES = tuple(SMALLER)
+FAMILIES = ("sd15", "sdxl", "flux")  # those that tests run over unless they say otherwise
 CPU = torch.device("cpu")
 
 

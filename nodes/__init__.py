@@ -9,6 +9,7 @@ from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
 from .merging import LoraOpsMerge
 from .patching import LoraOpsApply
+from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
@@ -21,6 +22,9 @@ NODES = (
     LoraOpsPatches,
     LoraOpsUnload,
     LoraOpsMerge,
+    LoraOpsSaveCheckpoint,
+    LoraOpsSaveLora,
+    LoraOpsMergeFiles,
 )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: models on disk, as one value; LoRAs merged into them and taken off again, in little memory."""
 
 from .disk import Checkpoint, Stored, opened
-from .merging import DTYPES, merge, metadata
+from .merging import DTYPES, contents, merge, metadata
 from .unmerging import Distance, bounds, distance, subtract
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "Distance",
     "Stored",
     "bounds",
+    "contents",
     "distance",
     "merge",
     "metadata",

@@ -58,16 +58,32 @@ def merge(
     of the model and its text encoders to one dtype (fp8: the matrices), None each to its own. Memory is bounded.
     Raises FileError like files.write, AdapterError for a weight that cannot be changed as it is stored.
     """
-    content = _content(checkpoint, landing, dtype, torch.device(device), loras)
     if not checkpoint.folder:
-        [(tensors, told)] = content.values()
+        tensors, told = contents(checkpoint, landing, dtype=dtype, device=device, loras=loras)
         write(out, tensors, told, overwrite=overwrite, progress=progress)
-    elif single:
+        return
+    content = _content(checkpoint, landing, dtype, torch.device(device), loras)
+    if single:
         write(out, *_joined(checkpoint, content), overwrite=overwrite, progress=progress)
     else:
         texts = _indices(checkpoint, content) if dtype else {}
         copies = {name: path for name, path in checkpoint.copied.items() if name not in texts}
         write_folder(out, content, texts, copies, overwrite=overwrite, progress=progress)
+
+
+def contents(
+    checkpoint: Checkpoint,
+    landing: Landing,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    loras: Recipe | None = None,
+) -> tuple[Mapping[str, Lazy], Mapping[str, str]]:
+    """What merge writes for a single file: tensors and metadata. Raises FileError for a folder."""
+    if checkpoint.folder:
+        raise FileError("is a folder, not a file.", file=checkpoint.path, remedy="Use `python -m lora_ops merge`.")
+    [content] = _content(checkpoint, landing, dtype, torch.device(device), loras).values()
+    return content
 
 
 def _content(

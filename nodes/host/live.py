@@ -244,3 +244,20 @@ def _coarse(weight: torch.Tensor) -> str:
     if type(weight) not in (torch.nn.Parameter, torch.Tensor):
         return type(weight).__name__
     return "" if weight.dtype in FLOATS else str(weight.dtype).removeprefix("torch.")
+
+
+def bakeable(patcher: Any) -> Attached | None:
+    """All that our nodes run live on a patcher, to be put into the weights for good.
+
+    Raises TargetError for what depends on the step: no weight can hold it.
+    """
+    attached = patcher.get_attachment(KEY)
+    if attached is None:
+        return None
+    _require_unmerged(patcher, attached)
+    if not all(schedule.constant for schedule in attached.schedules):
+        raise TargetError(
+            "A LoRA on this model follows a schedule, which no weight can hold.",
+            remedy="Take start, end and schedule out of its row, or switch the row off.",
+        )
+    return attached

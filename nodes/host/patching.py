@@ -75,12 +75,18 @@ class LandedPatch(WeightAdapterBase):
 
 def targets(model: Any, clip: Any) -> TargetMap:
     """The TargetMap of what is connected: a MODEL, a CLIP or both (None: not connected)."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    found = shapes(model, clip)
+    return target_map(recognise(found), found)
+
+
+def shapes(model: Any, clip: Any) -> Shapes:
+    """The shapes of all weights of what is connected, by their names in the host."""
+    found: dict[str, tuple[int, ...]] = {}
     if model is not None:
-        shapes |= _shapes(model)
+        found |= _shapes(model)
     if clip is not None:
-        shapes |= _shapes(clip.patcher)
-    return target_map(recognise(shapes), shapes)
+        found |= _shapes(clip.patcher)
+    return found
 
 
 def _shapes(patcher: Any) -> Shapes:

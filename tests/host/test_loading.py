@@ -170,6 +170,27 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
             [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("STRING", "receipt")],
         ),
         "LoraOpsScale": (["lora", "strength", "blocks", "model"], [("LORA_MODEL", "lora")]),
+        "LoraOpsSaveCheckpoint": (
+            [
+                *("model", "clip", "vae", "filename_prefix", "layout"),
+                *("dtype_model", "dtype_clip", "dtype_vae", "destination", "if_exists"),
+            ],
+            [("STRING", "path"), ("STRING", "receipt")],
+        ),
+        "LoraOpsSaveLora": (
+            [
+                *("lora", "filename_prefix", "layout", "dtype", "trigger_words"),
+                *("destination", "if_exists", "model", "clip"),
+            ],
+            [("STRING", "path")],
+        ),
+        "LoraOpsMergeFiles": (
+            [
+                *("base", "stack", "dtype", "filename_prefix"),
+                *("destination", "if_exists", "lora_stack", "min_coverage"),
+            ],
+            [("STRING", "path"), ("STRING", "receipt")],
+        ),
     }
 
 
