@@ -117,9 +117,6 @@ class Additive(Adapter):
         """ΔW / scale in factors that an input can go through one by one; None where only the whole ΔW serves."""
         return None
 
-    @abstractmethod
-    def energy(self) -> float: ...
-
 
 class Transform(Adapter):
     """An adapter whose change depends on the weight in hand, with all that came before it in the stack."""

@@ -54,7 +54,7 @@ def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes) -> Itera
 
 
 def _require_readable(lora: Lora, layout: Layout) -> None:
-    for module, reason in lora.leftover:
+    for module, reason, _ in lora.leftover:
         raise AdapterError(f"cannot be read: {shown(reason)}.", module=module, remedy="Only a whole LoRA is written.")
     for module, adapter in lora.modules.items():
         if type(adapter) is not LowRank or adapter.mid is not None:
@@ -67,7 +67,7 @@ def _require_readable(lora: Lora, layout: Layout) -> None:
 
 def _require_landed(landing: Landing, family: Family) -> None:
     (row,) = landing.rows
-    for module, reason in row.refused:
+    for module, reason, _ in row.refused:
         what = f"has no place in {family.title}: {shown(reason)}."
         raise TargetError(
             what, module=module, remedy="Name the family or the model it was made for.", family=family.name
