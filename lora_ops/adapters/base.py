@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -132,6 +133,31 @@ class Transform(Adapter):
 
     def energy(self) -> None:
         return None
+
+    def turn(self, shape: tuple[int, ...]) -> Turn | None:
+        """How it runs beside a weight of this shape (the number of rows may be -1); None where it cannot."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A Transform that runs beside its weight: it turns what goes into W + inside, or what comes out of it.
+
+    difference(v, *matrices) is v turned, less v itself, channels last. Its matrices, in float32, are constants;
+    of_weight makes a last one from the rows in hand. beside is added after it, at the same strength.
+    """
+
+    of_inputs: bool
+    difference: Callable[..., Tensor]
+    matrices: tuple[Tensor, ...] = ()
+    of_weight: Callable[[Tensor], Tensor] | None = None
+    inside: Additive | None = None
+    beside: Additive | None = None
+
+
+def times(channels: Tensor, factors: Tensor) -> Tensor:
+    """The difference of a Turn that gives each channel a factor of its own: factors less 1."""
+    return channels * factors
 
 
 Term = tuple[Adapter, float]  # an adapter and its strength

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from ..algebra import swap_halves
 from ..errors import AdapterError, ShapeError
-from .base import Transform, require_floats
+from .base import Transform, Turn, require_floats, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +52,9 @@ class IA3(Transform):
     def changed(self, weight: Tensor) -> Tensor:
         shape = [len(self.weight) if axis == self.on_input else 1 for axis in range(weight.ndim)]
         return weight * (1 + self.weight.to(weight.dtype)).reshape(shape)
+
+    def turn(self, shape: tuple[int, ...]) -> Turn:
+        return Turn(self.on_input, times, (self.weight.float(),))
 
     def packed(self) -> tuple[Any, ...]:
         return self.weight, self.on_input

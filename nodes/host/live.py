@@ -13,13 +13,16 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import comfy.ops
 import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+from comfy.quant_ops import QuantizedTensor
 
+from ...lora_ops.adapters import Transform
 from ...lora_ops.errors import TargetError
 from ...lora_ops.landing import Piece
-from ...lora_ops.live import Live
+from ...lora_ops.live import Live, weight_and_bias
 from ...lora_ops.stack import Schedule
 from .caches import hooks_of
 
@@ -29,13 +32,15 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's strength and schedule, and how
-    many patches there were that scale what is below them (merges)."""
+    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's strength and schedule, how many
+    patches there were that scale what is below them (merges), and how many there were on each weight that a Transform
+    looks at."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
     strengths: tuple[float, ...]
     schedules: tuple[Schedule, ...]
     merges: int
+    seen: Mapping[str, int]
 
     def joined(self, other: Attached) -> Attached:
         """This and then the other, whose entries count on from here."""
@@ -43,7 +48,8 @@ class Attached:
         for key, there in other.pieces.items():
             moved = tuple(replace(piece, entry=piece.entry + first) for piece in there)
             pieces[key] = (*pieces.get(key, ()), *moved)
-        return Attached(pieces, self.strengths + other.strengths, self.schedules + other.schedules, other.merges)
+        strengths, schedules = self.strengths + other.strengths, self.schedules + other.schedules
+        return Attached(pieces, strengths, schedules, other.merges, {**other.seen, **self.seen})
 
     @cached_property
     def footprints(self) -> tuple[frozenset[object], ...]:
@@ -65,20 +71,23 @@ def attach(
 
     Raises TargetError for a module that nothing can be added to.
     """
-    attached = Attached(pieces, tuple(strengths), tuple(schedules), _merges(patcher))
+    turned = [key for key, there in pieces.items() if any(isinstance(piece.adapter, Transform) for piece in there)]
+    seen = {key: len(patcher.patches.get(key, ())) for key in turned}
+    attached = Attached(pieces, tuple(strengths), tuple(schedules), _merges(patcher), seen)
     before = patcher.get_attachment(KEY)
     if before is not None:
-        _require_unmerged(patcher, before)
+        _require_as_it_was(patcher, before)
         attached = before.joined(attached)
     _hooked(patcher, attached, spare=True)  # now, so that a module that cannot run live is this node's error
 
     def inject(whom: Any) -> None:
         """whom is the patcher that runs: perhaps a clone, perhaps one with another copy of the model."""
-        _require_unmerged(whom, attached)
+        _require_as_it_was(whom, attached)
         hooks = hooks_of(whom.model)
         live, hooks.places = _hooked(whom, attached, spare=_compiled(whom))
         if hooks.installed is not None and hooks.installed is not live:
             hooks.installed.remove()
+        live.stand_on(whom.model.current_weight_patches_uuid)
         live.set_strengths({place: attached.strengths[entry] for entry, place in hooks.places.items()})
         live.install()
         hooks.installed = live
@@ -120,7 +129,7 @@ def _hooked(patcher: Any, attached: Attached, *, spare: bool) -> tuple[Live, Map
     places = _places(footprints, hooks.made_of)
     if hooks.made is None or places is None or (len(places) < sum(map(bool, hooks.made_of)) and not spare):
         modules = {key: comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) for key in attached.pieces}
-        hooks.made, hooks.made_of = Live(modules, attached.pieces), footprints
+        hooks.made, hooks.made_of = Live(modules, attached.pieces, _weight_and_bias), footprints
         places = {entry: entry for entry, footprint in enumerate(footprints) if footprint}
     return hooks.made, places
 
@@ -149,8 +158,16 @@ def _merges(patcher: Any) -> int:
     return sum(strength_model != 1 for there in patcher.patches.values() for _, _, strength_model, _, _ in there)
 
 
-def _require_unmerged(patcher: Any, attached: Attached) -> None:
-    """A merge scales the weights and their patches; what runs beside the weights would keep its full strength."""
+def _require_as_it_was(patcher: Any, attached: Attached) -> None:
+    """A merge scales the weights and their patches; what runs beside the weights would keep its full strength. And a
+    Transform, which looks at its weight, would see a patch that was put there after it."""
+    for key, count in attached.seen.items():
+        if len(patcher.patches.get(key, ())) > count:
+            raise TargetError(
+                "was patched after a DoRA or another change that depends on it was put on it live.",
+                module=key,
+                remedy="Put that patch before it, or use mode patch for it.",
+            )
     if _merges(patcher) > attached.merges:
         raise TargetError(
             "The model was merged with another one after a LoRA was put on it live.",
@@ -178,10 +195,24 @@ def _scheduled(attached: Attached) -> Any:
     return call
 
 
+def _weight_and_bias(module: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Those that a module of the host runs with: patched, and de-quantised."""
+    if not hasattr(module, "weight_function"):
+        return weight_and_bias(module, device)
+    weight, bias = comfy.ops.cast_bias_weight(module, dtype=torch.float32, device=device, bias_dtype=torch.float32)
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight, bias
+
+
 def weights(patcher: Any) -> frozenset[str]:
     """The weights beside which our nodes run something live."""
     attached = patcher.get_attachment(KEY)
     return frozenset() if attached is None else frozenset(attached.pieces)
+
+
+def turned(patcher: Any) -> frozenset[str]:
+    """Those of them that are looked at: a patch after them would be seen, too."""
+    attached = patcher.get_attachment(KEY)
+    return frozenset() if attached is None else frozenset(attached.seen)
 
 
 def coarse(patcher: Any, keys: Iterable[str]) -> dict[str, str]:
