@@ -355,8 +355,8 @@ class Hook:
             if isinstance(term, Term):
                 self._add(x, total, term)
             else:
-                before = [other for other in terms[:number] if _meet(other.band, term.band)]
-                self._rows(total, term.band).add_(self._turn(x, bare + total, term, before) * term.gains)
+                found = self._turn(x, bare + total, term, _below(term, terms[:number]))
+                self._rows(total, term.band).add_(found * term.gains)
         return total
 
     def _turn(self, x: Tensor, y: Tensor, term: Turned, before: Sequence[Term | Turned]) -> Tensor:
@@ -426,6 +426,16 @@ def _kind(module: nn.Module, name: str) -> Kind:
     if isinstance(module, nn.RMSNorm) and len(module.normalized_shape) == 1:
         return Kind(-1, lambda x, weight: functional.rms_norm(x, weight.shape, weight, module.eps), (-1,))
     raise TargetError(f"is a {type(module).__name__}, which cannot run live.", module=name, remedy=REMEDY)
+
+
+def _below(term: Turned, before: Sequence[Term | Turned]) -> list[Term | Turned]:
+    """Those before a term that its rows depend on, through each other too."""
+    bands, found = [term.band], []
+    for other in reversed(before):
+        if any(_meet(other.band, band) for band in bands):
+            bands.append(other.band)
+            found.append(other)
+    return found[::-1]
 
 
 def _meet(one: Band | None, other: Band | None) -> bool:

@@ -3,6 +3,8 @@ when it is mended. What is right is told by PEFT and LyCORIS (tests/oracles/test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -200,16 +202,16 @@ def _factors(kind: str, weight: Tensor, seed: int) -> dict[str, Tensor]:
 LIVE = ("DoRA per output", "DoRA per input", "DoRA of PEFT", "(IA)3 per output", "(IA)3 per input", "Diag-OFT", "GLoRA")
 
 
-def made_of(kind: str, model, ours, tensors: dict[str, Tensor], every: int = 5) -> dict[str, Tensor]:
-    """A file of an algebra for some of the modules that a LoRA file names."""
+def made_of(kinds: Sequence[str], model, ours, tensors: dict[str, Tensor], every: int = 3) -> dict[str, Tensor]:
+    """A file of these algebras in turn, for some of the modules that a LoRA file names."""
     names, before = ours("nodes.host.patching").targets(model, None).names, weights(model)
-    modules = [key.removesuffix(".lora_up.weight") for key in tensors if key.endswith(".lora_up.weight")]
-    modules = modules or [key.removesuffix(".lora_B.weight") for key in tensors if key.endswith(".lora_B.weight")]
+    ends = (".lora_up.weight", ".lora_B.weight")
+    modules = [key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)]
     file = {}
     for seed, module in enumerate(modules[::every]):
         target = names[module].target
         weight = before[target.key].float()[target.rows.start : target.rows.end]
-        found = _factors(kind, weight, seed)
+        found = _factors(kinds[seed % len(kinds)], weight, seed)
         file |= {f"{module}.{name}": tensor for name, tensor in found.items()}
     return file
 
@@ -219,24 +221,22 @@ def far(one: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize(("family", "number"), [("sd15", 0), ("sdxl", 0), ("flux", 0), ("flux", 2)])
-@pytest.mark.parametrize("kind", LIVE)
-def test_what_depends_on_its_weight_runs_live_as_it_patches(models, ours, samples, apply, kind, family, number):
+def test_what_depends_on_its_weight_runs_live_as_it_patches(models, ours, samples, apply, family, number):
     """Between LoRAs that run before and after it; diffusers' names of FLUX are bands of fused weights."""
     model = models[family]
     before, after = ((samples(model, number, seed=seed), 0.6) for seed in (1, 2))
-    stack = [before, (made_of(kind, model, ours, before[0]), 0.7), after]
+    stack = [before, (made_of(LIVE, model, ours, before[0]), 0.7), after]
     patched, live = (run(apply(model, *stack, mode=mode)) for mode in ("patch", "live"))
     without = run(apply(model, before, after, mode="patch"))
     assert far(live, patched) < 1e-5 < 1e-3 < far(without, patched)
 
 
-@pytest.mark.parametrize("kind", ["DoRA per output", "DoRA per input", "Diag-OFT"])
-def test_a_schedule_runs_what_depends_on_its_weight(sd15, ours, samples, apply, kind):
+def test_a_schedule_runs_what_depends_on_its_weight(sd15, ours, samples, apply):
     """Live in every mode. Off at first, as without it; on, as patched; its norms follow the LoRA before it."""
     landing, stack, patching = ours("lora_ops.landing"), ours("lora_ops.stack"), ours("nodes.host.patching")
     from_file, file = ours("lora_ops.lora").from_file, ours("lora_ops.files").TensorFile
     plain = samples(sd15, 0, seed=1)
-    other = made_of(kind, sd15, ours, plain)
+    other = made_of(LIVE, sd15, ours, plain)
     loras = [from_file(file("x", tensors)) for tensors in (plain, other)]
 
     def scheduled(*schedules) -> Tensor:
@@ -262,27 +262,26 @@ def test_a_schedule_runs_what_depends_on_its_weight(sd15, ours, samples, apply, 
         assert far(scheduled(*schedules), patched) < 1e-5
 
 
-@pytest.mark.parametrize("kind", LIVE)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_on_an_fp8_base_it_runs_live_within_a_percent_of_what_baking_leaves(pack, ours, samples, apply, dtype, kind):
+def test_on_an_fp8_base_it_runs_live_within_a_percent_of_what_baking_leaves(pack, ours, apply, dtype):
     model = inside.model("flux", dtype)
-    file = made_of(kind, model, ours, samples(model, 0, seed=1), every=1)
     layer = model.model.diffusion_model.single_blocks[0].linear2
-    key = "diffusion_model.single_blocks.0.linear2.weight"
-    x = noise(3, layer.in_features)
-    lora = ours("lora_ops.lora").from_file(ours("lora_ops.files").TensorFile("x", file))
-    exact = layer.weight.double()
-    changed = exact.clone()
-    lora.modules["lora_unet_single_blocks_0_linear2"].add_(changed, 0.5)
-    update, plain = x.double() @ (changed - exact).T, layer(x).double()
+    key, module = "diffusion_model.single_blocks.0.linear2.weight", "lora_unet_single_blocks_0_linear2"
+    x, exact = noise(3, layer.in_features), layer.weight.double()
+    plain = layer(x).double()
 
-    def error(mode: str) -> float:
-        patcher = apply(model, (file, 0.5), mode=mode)
+    def error(tensors: dict[str, Tensor], mode: str) -> float:
+        patcher = apply(model, (tensors, 0.5), mode=mode)
         assert (key in patcher.patches) == (mode == "patch")
         run(patcher)
         return far(layer(x).double() - plain, update)
 
-    assert error("auto") < 0.01 * error("patch")
+    for kind in LIVE:
+        file = {f"{module}.{name}": tensor for name, tensor in _factors(kind, exact.float(), 1).items()}
+        lora, changed = ours("lora_ops.lora").from_file(ours("lora_ops.files").TensorFile("x", file)), exact.clone()
+        lora.modules[module].add_(changed, 0.5)
+        update = x.double() @ (changed - exact).T
+        assert error(file, "auto") < 0.01 * error(file, "patch"), kind
     model.detach()
 
 
