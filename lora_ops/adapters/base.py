@@ -47,6 +47,11 @@ class Adapter(ABC):
         """From factors by name. Raises ShapeError or AdapterError if they do not fit each other."""
         raise AdapterError(f"is {cls.ALGEBRA}, which no factors make alone")
 
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """What build makes it of, as trainers write it for a weight (or band) of this shape; alpha only where that is
+        no scale. Raises AdapterError where there is no such thing."""
+        raise AdapterError(f"is {self.ALGEBRA}, which no file can say as it is here")
+
     @abstractmethod
     def require_fit(self, shape: tuple[int, ...]) -> None:
         """Raises ShapeError unless the adapter fits a weight (or band) of this shape; multiplies nothing."""
@@ -169,6 +174,11 @@ class Product(NamedTuple):
     down: Tensor  # (rank, in·kernel…)
     up: Tensor | None = None  # (out, rank)
     left: Tensor | None = None  # (outer out, outer in)
+
+
+def named(adapter: Adapter, *names: str) -> Mapping[str, Tensor]:
+    """Those fields of an adapter that are there."""
+    return {name: tensor for name in names if (tensor := getattr(adapter, name)) is not None}
 
 
 def require_matrices(factors: Mapping[str, Tensor]) -> None:

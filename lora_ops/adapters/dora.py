@@ -7,6 +7,7 @@ before in the stack. At strength 1 this is PEFT's and LyCORIS' result; between 0
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -76,6 +77,13 @@ class DoRA(Transform):
             return self._stretch(total).flatten() - 1
 
         return Turn(self.of_inputs, times, of_weight=of_weight, inside=self.inner)
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """One output alone has its magnitude as a vector: (1, 1) would be that of an input."""
+        ones = (1,) * len(shape[2:])
+        magnitude = self.magnitude if shape[0] == 1 else self.magnitude.reshape(-1, 1, *ones)
+        magnitude = self.magnitude.reshape(1, -1, *ones) if self.of_inputs else magnitude
+        return {**self.inner.factors(shape), "dora_scale": magnitude}
 
     def packed(self) -> tuple[Any, ...]:
         return type(self.inner), self.inner.packed(), self.magnitude, self.of_inputs

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from .. import algebra
 from ..errors import ShapeError
-from .base import Transform, Turn, alpha_of, require_matrices, require_shape
+from .base import Transform, Turn, alpha_of, named, require_matrices, require_shape
 from .lora import LowRank
 
 
@@ -72,6 +72,9 @@ class GLoRA(Transform):
     def turn(self, shape: tuple[int, ...]) -> Turn:
         mix = self.a2.flatten(1).float(), self.scale * self.a1.flatten(1).float()
         return Turn(True, _mixed, mix, beside=LowRank(self.b1, self.b2, self.alpha, self.bm))
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        return {f"glora_{name}": factor for name, factor in named(self, "a1", "a2", "b1", "b2", "bm").items()}
 
     def packed(self) -> tuple[Tensor | float | None, ...]:
         return self.a1, self.a2, self.b1, self.b2, self.bm, self.alpha

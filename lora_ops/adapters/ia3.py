@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
@@ -55,6 +56,10 @@ class IA3(Transform):
 
     def turn(self, shape: tuple[int, ...]) -> Turn:
         return Turn(self.on_input, times, (self.weight.float(),))
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        weight = self.weight.reshape(1, -1, *(1 for _ in shape[2:])) if len(shape) > 2 else self.weight
+        return {"ia3_weight": weight, "ia3_on_input": torch.tensor(self.on_input)}
 
     def packed(self) -> tuple[Any, ...]:
         return self.weight, self.on_input

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from .. import algebra
 from ..errors import AdapterError, ShapeError
-from .base import Additive, Product, alpha_of, require_matrices, require_shape
+from .base import Additive, Product, alpha_of, named, require_matrices, require_shape
 
 LARGEST = 1 << 28  # entries of ΔW whose energy is worth the time
 CHUNK = 1 << 21  # entries of ΔW that its energy is taken from at a time
@@ -99,6 +99,9 @@ class LoHa(Additive):
         b1, b2 = self.hada_w1_b.flatten(1).float(), self.hada_w2_b.flatten(1).float()
         up, down = torch.einsum("oi,oj->oij", a1, a2), torch.einsum("ix,jx->ijx", b1, b2)
         return Product(down.flatten(0, 1), up.flatten(1))
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        return named(self, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
     def packed(self) -> tuple[Tensor | float | None, ...]:
         halves = (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ShapeError
+from ..algebra import exact
+from ..errors import AdapterError, ShapeError
 from .base import Transform, Turn, alpha_of, require_floats
 
 
@@ -99,6 +100,13 @@ class DiagOFT(Transform):
     def _turned(self, outputs: Tensor, stage: Tensor, number: int) -> Tensor:
         """Each block of outputs times its transposed matrix: kohya and LyCORIS store it so."""
         return torch.einsum("...bj,bji->...bi", outputs.unflatten(-1, (-1, self.rank)), stage).flatten(-2)
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        if self.exchanged:
+            return super().factors(shape)
+        ones = [1] * (len(shape) - 1)
+        rescale = {} if self.rescale is None else {"rescale": self.rescale.reshape(-1, *ones)}
+        return {"oft_blocks": self.blocks, "alpha": exact(self.constraint), **rescale}
 
     def packed(self) -> tuple[Any, ...]:
         return self.blocks, self.constraint, self.rescale, self.exchanged
@@ -199,6 +207,12 @@ class InputOFT(Transform):
         if self.terms:
             return _neumann(skew, eye, self.terms)
         return torch.linalg.solve(eye + skew, eye - skew, left=False)
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        if self.terms != 5 or self.eps:
+            raise AdapterError("is OFT with terms or a constraint that only PEFT's configuration says")
+        scaled = {} if self.scaled_by == 1 else {"oft_scaled": torch.tensor(True)}
+        return {"oft_R": self.vectors, **scaled}
 
     def packed(self) -> tuple[Any, ...]:
         return self.vectors, self.scaled_by, self.terms, self.eps
