@@ -150,6 +150,8 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
                 landed[module] = named
                 continue
         elif module.endswith(BIAS) and (weights := targets.meanings(module.removesuffix(BIAS))):
+            if adapter is not None and adapter.with_bias:
+                continue  # it is there with its weight
             part = weights[0].target.part
             reason = reason or "this module has no bias"
         else:

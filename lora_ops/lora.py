@@ -276,6 +276,8 @@ def from_file(file: TensorFile) -> Lora:
                 tensors["alpha"] = torch.tensor(alpha.alpha, dtype=torch.float64)
                 declared[module] = alpha.source
             modules[module] = build(tensors)
+            if modules[module].with_bias:
+                modules.setdefault(module + BIAS, modules[module])
         except (AdapterError, ShapeError) as error:
             leftover.append(Refusal(module, *filter(None, (error.what, error.remedy))))
     return Lora(file.source, modules, file.metadata, tuple(leftover), declared)

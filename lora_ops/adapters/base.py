@@ -34,6 +34,11 @@ class Adapter(ABC):
         """What alpha is divided by: the inner dimension of the factors, the trainers' `dim`."""
 
     @property
+    def with_bias(self) -> bool:
+        """Whether it is of the bias beside the weight, too, where there is one."""
+        return False
+
+    @property
     def scale(self) -> float:
         """What the product of the factors is multiplied with before the user's strength: alpha / rank.
 

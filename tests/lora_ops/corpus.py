@@ -281,6 +281,7 @@ ALGEBRAS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
     "OFT of PEFT": ("linear", {"oft_R.weight": (3, 1)}),
     "(IA)3 of LyCORIS": ("linear", {"weight": (4,), "on_input": ()}),
     "(IA)3 of PEFT": ("linear", {"ia3_l": (1, 6)}),
+    "(IA)3 of PEFT on outputs": ("linear", {"ia3_l": (4, 1)}),
     "a difference": ("linear", {"diff": (4, 6)}),
     "a bias's difference": ("linear", {"diff_b": (4,)}),
     "a norm": ("norm", {"w_norm": (8,), "b_norm": (8,)}),

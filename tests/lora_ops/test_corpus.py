@@ -45,7 +45,7 @@ def test_a_bad_module_is_in_the_receipt_with_its_file_the_reason_and_what_to_do(
     assert case.module not in landing.rows[0].landed
     [refusal] = [refusal for refusal in landing.rows[0].refused if refusal.module == case.module]
     assert case.phrase in refusal.reason and refusal.remedy.endswith(".")
-    [group] = [
+    group, *_ = [
         group for group in row["refused"] if refusal.remedy == group["remedy"] and case.phrase in group["reason"]
     ]
     assert group["first"] and group["reason"] in text and group["remedy"] in text
