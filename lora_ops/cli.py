@@ -142,10 +142,10 @@ def _convert(options: argparse.Namespace) -> int:
     family = recognise(shapes) if shapes else _family(options.family, lora)
     dtype = DTYPES[options.dtype] if options.dtype else None
     laid = write_lora(options.out, lora, layout, family, shapes=shapes, dtype=dtype, overwrite=options.overwrite)
-    alphas = sorted({module.factors.alpha for module in laid.modules})
+    alphas = sorted({alpha for module in laid.modules if (alpha := module.factors.alpha) is not None})
     print(
         f"wrote {options.out}\n{len(lora.modules)} modules as {len(laid.modules)} in the layout {layout.name}, "
-        f"for {family.title}\nalpha {', '.join(f'{alpha:g}' for alpha in alphas)} in {layout.alpha_in}"
+        f"for {family.title}\nalpha {', '.join(f'{alpha:g}' for alpha in alphas) or 'none'} in {layout.alpha_in}"
     )
     if not layout.alpha and any(module.factors.alpha != module.factors.rank for module in laid.modules):
         print(f"a program that does not read {layout.alpha_in} (ComfyUI's own loader) takes every scale as 1")

@@ -18,6 +18,8 @@ from .lora import BIAS, Band, Lora, Named, Refusal, Target, TargetMap
 from .select import Choice, choose
 from .stack import PARTS, Entry
 
+OTHER_MODEL = "Use it with the model it was made for."
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -132,20 +134,24 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
     unconnected: dict[str, list[str]] = {}
     taken: dict[tuple[str, str], list[tuple[Band, str]]] = {}
     elsewhere = _Elsewhere(targets)
-    readable = ((module, adapter, "") for module, adapter in entry.lora.modules.items())
-    unreadable = ((module, None, reason) for module, reason in entry.lora.leftover)
-    for module, adapter, reason in (*readable, *unreadable):
+    readable = ((module, adapter, ("", OTHER_MODEL)) for module, adapter in entry.lora.modules.items())
+    unreadable = ((module, None, unread) for module, *unread in entry.lora.leftover)
+    for module, adapter, (reason, remedy) in (*readable, *unreadable):
         named = meant(module, adapter, targets)
         if named is not None:
             part = named.target.part
             there = taken.setdefault((part, named.target.key), [])
             if adapter is not None:
-                reason = _misfit(adapter, named.target) or _collision(named.target.rows, there)
+                reason = _misfit(adapter, named.target)
+                if not reason and (reason := _collision(named.target.rows, there)):
+                    remedy = "Get another version of the file."
             if not reason:
                 there.append((named.target.rows, module))
                 landed[module] = named
                 continue
         elif module.endswith(BIAS) and (weights := targets.meanings(module.removesuffix(BIAS))):
+            if adapter is not None and adapter.with_bias:
+                continue  # it is there with its weight
             part = weights[0].target.part
             reason = reason or "this module has no bias"
         else:
@@ -155,7 +161,7 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
                 continue
             unknown = "could be several places of this model" if targets.meanings(module) else "name not known"
             reason = reason or ("no such weight in this model" if part else unknown)
-        refused.append(Refusal(module, reason))
+        refused.append(Refusal(module, reason, remedy))
         if part is not None:
             refused_parts[part] += 1
     silent = {part: tuple(modules) for part, modules in unconnected.items()}

@@ -4,12 +4,18 @@ Exact on any base, also on one whose stored weights are too coarse to hold the u
 factors of an update (LoRA: up(down(x))). Only where they would cost more is ΔW built, which takes the memory of its
 weight, and runs as the module with ΔW for its weight: all that run here are linear in it. Strengths are read at every
 call: changing one changes a short vector, no weight and no compiled graph.
+
+A Transform runs as what it does to the module's inputs or outputs, with all that comes before it in the stack
+(adapters.base.Turn). One that turns inputs runs the module once more, and what is before it on the same rows. DoRA's
+norms are those of the weight as it runs, with what is live before it: taken once, and again when a strength before it
+changes, which takes as long as patching.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +23,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapters import Additive
-from .adapters.base import Product
+from .adapters.base import Product, Transform, Turn
 from .errors import TargetError
-from .landing import Piece, by_band
+from .landing import Piece, add_, by_band
 from .lora import BIAS, Band
 
 CONVOLUTION = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}  # by dimensions of the kernel
+Weight = Callable[[nn.Module, torch.device], tuple[Tensor, Tensor | None]]
 NORMS = nn.GroupNorm | nn.LayerNorm | nn.RMSNorm
 REMEDY = "Use mode patch for this LoRA."
+
+
+def weight_and_bias(module: nn.Module, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Those that a module runs with, in float32 on a device; not to be changed."""
+    there: list[Any] = [module.weight, module.bias]
+    weight, bias = (None if each is None else each.to(device, torch.float32) for each in there)
+    assert weight is not None
+    return weight, bias
 
 
 class Live:
@@ -34,18 +49,24 @@ class Live:
     strength: set_strengths, then install.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], pieces: Mapping[str, Sequence[Piece]]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        pieces: Mapping[str, Sequence[Piece]],
+        weight: Weight = weight_and_bias,
+    ) -> None:
         self._gains: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._hooks: list[Hook] = []
         scales: list[float] = []
         entries: list[int] = []
         for name, there in pieces.items():
-            hook = Hook(modules[name], name, by_band(there), self._gains_of(len(scales)))
+            hook = Hook(modules[name], name, there, self._gains_of(len(scales)), self._strength, weight)
             self._hooks.append(hook)
             scales += [scale for scale, _ in hook.scales]
             entries += [entry for _, entry in hook.scales]
         self._scales, self._entries = torch.tensor(scales, dtype=torch.float64), torch.tensor(entries)
         self._strengths = torch.zeros(max(entries) + 1, dtype=torch.float64)
+        self._base: object = None
 
     def set_strengths(self, strengths: Mapping[int, float]) -> None:
         """The strength of each entry of the stack from the next call on, 0 for those not named."""
@@ -56,6 +77,15 @@ class Live:
             self._strengths = wanted
             for gains in self._gains.values():
                 gains.copy_(self._values())
+            for hook in self._hooks:
+                hook.renew()
+
+    def stand_on(self, base: object) -> None:
+        """base tells which weights the modules run with: where they are others, their norms are taken anew."""
+        if base != self._base:
+            self._base = base
+            for hook in self._hooks:
+                hook.forget_weight()
 
     def install(self) -> None:
         for hook in self._hooks:
@@ -72,6 +102,9 @@ class Live:
         self._gains.clear()
         for hook in self._hooks:
             hook.terms = []
+
+    def _strength(self, entry: int) -> float:
+        return float(self._strengths[entry])
 
     def _values(self) -> Tensor:
         return self._scales * self._strengths[self._entries]
@@ -95,12 +128,29 @@ class Term:
     gains: Tensor  # (rank,) or (1,)
 
 
+@dataclass(eq=False)
+class Turned:
+    """A Transform in the chain of what a hook adds."""
+
+    band: Band | None
+    turn: Turn
+    gains: Tensor  # (1,)
+    matrices: tuple[Tensor, ...]
+    inside: Term | None
+    part: Part
+    strengths: tuple[float, ...] = ()  # of the pieces before it, when its last matrix was made
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A piece, and the factors that the input goes through; None if that is the whole ΔW."""
+    """A piece, and the factors that the input goes through; None if that is the whole ΔW.
+
+    of a Transform: all pieces before it on the weight; None of what is none.
+    """
 
     piece: Piece
     product: Product | None
+    before: tuple[Piece, ...] | None = None
 
     @property
     def gains(self) -> int:
@@ -118,9 +168,7 @@ class Part:
     def on(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Product:
         """The factors for a weight of this shape, or ΔW, computed on the device in float32."""
         if self.product is None:
-            there = Piece.unpacked(self.piece.packed(), lambda tensor: tensor.to(device)).adapter
-            assert isinstance(there, Additive)
-            return Product(there.delta(shape).to(dtype))
+            return Product(_moved(self.piece, device).adapter.delta(shape).to(dtype))
         down, up, left = (None if each is None else each.to(device, dtype) for each in self.product)
         assert down is not None
         return Product(down.reshape(len(down), -1, *shape[2:]), up, left)
@@ -132,12 +180,13 @@ class Link:
     def __init__(self, hook: Hook) -> None:
         self.hook = hook
         self.below: Callable[..., Tensor] = hook.module.forward
+        self.alone = getattr(self.below, "__func__", None) is type(hook.module).forward  # with no other hook below
         self.active = True
         hook.module.forward = self.forward
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         y = self.below(x, *args, **kwargs)
-        return self.hook.added(x, y) if self.active else y
+        return self.hook.added(x, y, alone=self.alone) if self.active else y
 
     def end(self) -> bool:
         """True once this link is out of the chain; False while another's hook may still call it."""
@@ -160,27 +209,58 @@ class Hook:
         self,
         module: nn.Module,
         name: str,
-        bands: Sequence[tuple[Band | None, Sequence[Piece]]],
+        pieces: Sequence[Piece],
         gains: Callable[[torch.device, torch.dtype], Tensor],
+        strength: Callable[[int], float],
+        weight: Weight,
     ) -> None:
         self.module = module
-        self.terms: list[Term] = []
+        self.terms: list[Term | Turned] = []
         self._of_bias = name.endswith(BIAS)
         self._axis, self._run, shape = _kind(module, name)
         self._shape = (-1,) if self._of_bias else shape
-        self._parts = [run for band, there in bands for run in _runs(band, [self._part(each, name) for each in there])]
+        self._parts = list(self._in_order(pieces, name))
+        self._turns = any(part.before is not None for _, there in self._parts for part in there)
         self.scales = [  # (scale, entry of the stack) of every gain
             (part.scale, part.piece.entry) for _, there in self._parts for part in there for _ in range(part.gains)
         ]
-        self._gains = gains
+        self._gains, self._strength, self._weight = gains, strength, weight
+        self._offset: Tensor | None = None  # the module's bias, in the shape of its output
         self._links: list[Link] = []
 
+    def _in_order(self, pieces: Sequence[Piece], name: str) -> Iterator[tuple[Band | None, list[Part]]]:
+        """What goes through one product each, in an order that gives what the stack's gives."""
+        done: list[Piece] = []
+        for additive, run in groupby(pieces, key=lambda piece: isinstance(piece.adapter, Additive)):
+            if additive:
+                there = list(run)
+                yield from self._added(there, name)
+                done += there
+                continue
+            for piece in run:
+                turn = self._turn_of(piece, name)
+                yield piece.band, [Part(piece, None, tuple(done))]
+                if turn.beside is not None:
+                    yield from self._added([replace(piece, adapter=turn.beside)], name)
+                done.append(piece)
+
+    def _added(self, pieces: Iterable[Piece], name: str) -> Iterator[tuple[Band | None, list[Part]]]:
+        for band, there in by_band(pieces):
+            yield from _runs(band, [self._part(each, name) for each in there])
+
     def _part(self, piece: Piece, name: str) -> Part:
-        product = piece.adapter.product() if isinstance(piece.adapter, Additive) else None
-        if not isinstance(piece.adapter, Additive) or (product is not None and len(self._shape) == 1):
-            what = f"gets a {piece.adapter.ALGEBRA} update, which cannot run live."
-            raise TargetError(what, module=name, remedy=REMEDY)
+        assert isinstance(piece.adapter, Additive)
+        product = piece.adapter.product()
+        if product is not None and len(self._shape) == 1:
+            raise _cannot(piece, name)
         return Part(piece, product)
+
+    def _turn_of(self, piece: Piece, name: str) -> Turn:
+        assert isinstance(piece.adapter, Transform)
+        turn = piece.adapter.turn(self._shape) if len(self._shape) > 1 else None
+        if turn is None:
+            raise _cannot(piece, name)
+        return turn
 
     def install(self) -> None:
         if not any(link.active for link in self._links):
@@ -192,13 +272,28 @@ class Hook:
     def remove(self) -> None:
         self._links = [link for link in reversed(self._links) if not link.end()][::-1]
 
-    def added(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with the update for x, added in place unless y's gradient is wanted."""
+    def forget_weight(self) -> None:
+        if self._turns:
+            self.terms = []
+
+    def renew(self) -> None:
+        """The matrices that depend on strengths which have changed, in their place."""
+        for term in self.terms:
+            if isinstance(term, Turned) and term.turn.of_weight and term.strengths != self._before(term.part):
+                term.strengths = self._before(term.part)
+                term.matrices[-1].copy_(self._of_weight(term.part, term.turn, term.gains.device))
+
+    def added(self, x: Tensor, y: Tensor, *, alone: bool = True) -> Tensor:
+        """y with the update for x, added in place unless y's gradient is wanted. alone: y is the module's own."""
         if not self.terms or self.terms[0].gains.dtype != x.dtype or self.terms[0].gains.device != x.device:
             self._prepare(x.device, x.dtype)
         if y.requires_grad:
             y = y.clone()
+        if self._turns:
+            bare = self._bare(x) if not alone else y if self._offset is None else y - self._offset
+            return y.add_(self._change(x, bare, self.terms))
         for term in self.terms:
+            assert isinstance(term, Term)
             self._add(x, y, term)
         return y
 
@@ -208,11 +303,78 @@ class Hook:
             gains, terms = self._gains(device, dtype), []
             for band, there in self._parts:
                 count = sum(part.gains for part in there)
-                terms.append(
-                    Term(band, _joined([part.on(device, dtype, self._shape) for part in there]), gains[:count])
-                )
+                terms.append(self._term(band, there, gains[:count]))
                 gains = gains[count:]
+            if self._turns:
+                _, bias = self._weight(self.module, device)
+                ones = [1] * (len(self._shape) - 2)
+                self._offset = None if bias is None else bias.to(dtype).reshape(-1, *ones)
         self.terms = terms
+
+    def _term(self, band: Band | None, parts: Sequence[Part], gains: Tensor) -> Term | Turned:
+        device, dtype = gains.device, gains.dtype
+        (part, *_) = parts
+        if part.before is None:
+            return Term(band, _joined([part.on(device, dtype, self._shape) for part in parts]), gains)
+        turn = _moved(part.piece, device).adapter.turn(self._shape)
+        inside = None
+        if turn.inside is not None:
+            within = Part(Piece(turn.inside, None, 1.0), turn.inside.product())
+            scale = torch.full((within.gains,), within.scale, device=device, dtype=dtype)
+            inside = Term(None, within.on(device, dtype, self._shape), scale)
+        matrices = [matrix.to(dtype) for matrix in turn.matrices]
+        if turn.of_weight is not None:
+            matrices.append(self._of_weight(part, turn, device).to(dtype))
+        return Turned(band, turn, gains, tuple(matrices), inside, part, self._before(part))
+
+    def _before(self, part: Part) -> tuple[float, ...]:
+        """The strengths now of the pieces before a Transform."""
+        return tuple(self._strength(piece.entry) * piece.factor for piece in part.before or ())
+
+    def _of_weight(self, part: Part, turn: Turn, device: torch.device) -> Tensor:
+        """The matrix of a Transform for the weight with the pieces before it, at the strengths of now."""
+        assert turn.of_weight is not None and part.before is not None
+        weight, _ = self._weight(self.module, device)
+        weight = weight.clone()
+        there = zip(part.before, self._before(part), strict=True)
+        add_(weight, [replace(_moved(piece, device), strength=now) for piece, now in there if now])
+        return turn.of_weight(self._rows(weight, part.piece.band, 0))
+
+    def _bare(self, x: Tensor) -> Tensor:
+        """The module's own output without its bias, as a linear map: no hook runs."""
+        y = type(self.module).forward(self.module, x)
+        return y if self._offset is None else y - self._offset
+
+    def _rows(self, y: Tensor, band: Band | None, axis: int | None = None) -> Tensor:
+        return y if band is None else y.narrow(self._axis if axis is None else axis, band.start, band.length)
+
+    def _change(self, x: Tensor, bare: Tensor, terms: Sequence[Term | Turned]) -> Tensor:
+        """What terms add to the module's output for x, which is bare without its bias."""
+        total = torch.zeros_like(bare)
+        for number, term in enumerate(terms):
+            if isinstance(term, Term):
+                self._add(x, total, term)
+            else:
+                found = self._turn(x, bare + total, term, _below(term, terms[:number]))
+                self._rows(total, term.band).add_(found * term.gains)
+        return total
+
+    def _turn(self, x: Tensor, y: Tensor, term: Turned, before: Sequence[Term | Turned]) -> Tensor:
+        """What a Transform adds at strength 1 to y, the output for x of all before it."""
+        if not term.turn.of_inputs:
+            inside = torch.zeros_like(self._rows(y, term.band))
+            if term.inside is not None:
+                self._add(x, inside, term.inside)
+            return inside + self._difference(self._rows(y, term.band) + inside, term)
+        moved = self._difference(x, term)
+        bare = self._bare(moved)
+        change = self._rows(bare + self._change(moved, bare, before), term.band)
+        if term.inside is not None:
+            self._add(x + moved, change, term.inside)
+        return change
+
+    def _difference(self, v: Tensor, term: Turned) -> Tensor:
+        return term.turn.difference(v.movedim(self._axis, -1), *term.matrices).movedim(-1, self._axis)
 
     def _add(self, x: Tensor, y: Tensor, term: Term) -> None:
         axis, (down, up, left) = self._axis, term.product
@@ -264,6 +426,30 @@ def _kind(module: nn.Module, name: str) -> Kind:
     if isinstance(module, nn.RMSNorm) and len(module.normalized_shape) == 1:
         return Kind(-1, lambda x, weight: functional.rms_norm(x, weight.shape, weight, module.eps), (-1,))
     raise TargetError(f"is a {type(module).__name__}, which cannot run live.", module=name, remedy=REMEDY)
+
+
+def _below(term: Turned, before: Sequence[Term | Turned]) -> list[Term | Turned]:
+    """Those before a term that its rows depend on, through each other too."""
+    bands, found = [term.band], []
+    for other in reversed(before):
+        if any(_meet(other.band, band) for band in bands):
+            bands.append(other.band)
+            found.append(other)
+    return found[::-1]
+
+
+def _meet(one: Band | None, other: Band | None) -> bool:
+    return one is None or other is None or (one.start < other.end and other.start < one.end)
+
+
+def _cannot(piece: Piece, name: str) -> TargetError:
+    what = f"gets a {piece.adapter.ALGEBRA} update, which cannot run live."
+    return TargetError(what, module=name, remedy=REMEDY)
+
+
+def _moved(piece: Piece, device: torch.device) -> Any:
+    """The piece with its tensors on the device."""
+    return Piece.unpacked(piece.packed(), lambda tensor: tensor.to(device))
 
 
 def _runs(band: Band | None, parts: Sequence[Part]) -> list[tuple[Band | None, list[Part]]]:

@@ -17,6 +17,7 @@ from .survival import Survival
 
 VERSION = 1
 FIRST = 5  # names listed per reason
+REASON = 500  # characters shown of one: with the shapes that were found and expected
 TITLES = {family.name: family.title for family in FAMILIES}
 MARKS = {True: "✓", False: "!"}
 
@@ -137,17 +138,18 @@ def figures(found: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def by_reason(refused: Iterable[Refusal]) -> list[dict[str, Any]]:
-    """Refusals grouped by reason, with the first names."""
-    groups: dict[str, list[str]] = {}
-    for module, reason in refused:
-        groups.setdefault(reason, []).append(module)
+    """Refusals grouped by reason, with the first names and what to do."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for module, *why in refused:
+        groups.setdefault((why[0], why[1]), []).append(module)
     return [
         {
-            "reason": shown(reason),
+            "reason": shown(reason, REASON),
+            "remedy": remedy,
             "count": len(modules),
             "first": [shown(module) for module in modules[:FIRST]],
         }
-        for reason, modules in sorted(groups.items(), key=lambda group: -len(group[1]))
+        for (reason, remedy), modules in sorted(groups.items(), key=lambda group: -len(group[1]))
     ]
 
 
@@ -171,7 +173,7 @@ def _energy_landed(row: RowLanding) -> float | None:
         return 1.0 if row.landed else None
     modules = row.entry.lora.modules
     landed = [modules[module].energy() for module in row.landed]
-    lost = [modules[module].energy() for module, _ in row.refused if module in modules]
+    lost = [modules[module].energy() for module, *_ in row.refused if module in modules]
     known = [energy for energy in (*landed, *lost) if energy is not None]
     if not sum(known) or len(known) < len(landed) + len(lost):
         return None
@@ -200,4 +202,4 @@ def _lines(row: Mapping[str, Any]) -> Iterable[str]:
     for part, count in row["unconnected"].items():
         yield f"   {count} modules for {part}, which is not connected"
     for group in row["refused"]:
-        yield f"   {group['count']} refused: {group['reason']} (first: {group['first'][0]})"
+        yield f"   {group['count']} refused: {group['reason']} (first: {group['first'][0]}). {group['remedy']}"

@@ -91,6 +91,13 @@ class LowRank(Additive):
     def product(self) -> Product:
         return Product(self._inner(), self.up.flatten(1))
 
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        ones = (1,) * len(shape[2:])
+        up = self.up.reshape(*self.up.shape[:2], *ones)
+        if self.mid is not None:
+            return {"up": up, "down": self.down.reshape(*self.down.shape[:2], *ones), "mid": self.mid}
+        return {"up": up, "down": self.down.reshape(self.rank, *(shape[1:] or (1,)))}
+
     def packed(self) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
         return self.up, self.down, self.alpha, self.mid
 

@@ -23,7 +23,7 @@ from ..families import Family, Shapes
 from ..files import write as write_file
 from ..files import write_folder, write_folder_numbered
 from ..files import write_numbered as write_file_numbered
-from ..lora import Lora
+from ..lora import BIAS, Lora
 from .base import Layout, Module
 from .metadata import configuration
 from .metadata import metadata as completed
@@ -139,18 +139,22 @@ def laid_out(
 
 
 def _rounded(module: Module, dtype: torch.dtype | None) -> Module:
-    factors = module.factors
-    up, down = factors.up.to(dtype or factors.up.dtype), factors.down.to(dtype or factors.down.dtype)
-    if not all(extreme.isfinite() for factor in (up, down) for extreme in factor.float().aminmax()):
-        raise AdapterError(f"is too large for {up.dtype}.", module=module.full_name, remedy="Choose a wider dtype.")
-    return module._replace(factors=factors._replace(up=up, down=down))
+    found: dict[str, Tensor] = {}
+    for name, tensor in module.factors.tensors.items():
+        rounds = name != "alpha" and tensor.is_floating_point()
+        found[name] = (tensor.to(dtype or tensor.dtype) if rounds else tensor).contiguous()
+        if not all(extreme.isfinite() for extreme in found[name].float().aminmax()):
+            what = f"is too large for {found[name].dtype}."
+            raise AdapterError(what, module=module.full_name, remedy="Choose a wider dtype.")
+    return module._replace(factors=module.factors._replace(tensors=found))
 
 
 def _tensors(module: Module, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    yield module.full_name + layout.up, module.factors.up
-    yield module.full_name + layout.down, module.factors.down
-    if layout.alpha:
-        yield module.full_name + layout.alpha, exact(module.factors.alpha)
+    name = module.full_name.removesuffix(BIAS)
+    for factor, tensor in module.factors.tensors.items():
+        yield name + (".diff_b" if name != module.full_name else layout.words[factor]), tensor
+    if layout.alpha and module.factors.alpha is not None:
+        yield name + layout.alpha, exact(module.factors.alpha)
 
 
 __all__ = ["LAYOUTS", "Laid", "Layout", "laid_out", "write", "write_numbered"]

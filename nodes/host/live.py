@@ -14,13 +14,16 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import comfy.ops
 import comfy.utils
 import torch
 from comfy.patcher_extension import CallbacksMP, PatcherInjection, WrappersMP
+from comfy.quant_ops import QuantizedTensor
 
+from ...lora_ops.adapters import Transform
 from ...lora_ops.errors import TargetError
 from ...lora_ops.landing import Piece
-from ...lora_ops.live import Live
+from ...lora_ops.live import Live, weight_and_bias
 from ...lora_ops.stack import Schedule
 from .caches import hooks_of
 
@@ -32,13 +35,15 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 @dataclass(frozen=True, eq=False)
 class Attached:
     """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's row in the ledger, strength and
-    schedule, and how many patches there were that scale what is below them (merges)."""
+    schedule, how many patches there were that scale what is below them (merges), and how many there were on each weight
+    that a Transform looks at."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
     rows: tuple[str, ...]
     strengths: tuple[float, ...]
     schedules: tuple[Schedule, ...]
     merges: int
+    seen: Mapping[str, int]
 
     def joined(self, other: Attached) -> Attached:
         """This and then the other, whose entries count on from here."""
@@ -52,6 +57,7 @@ class Attached:
             self.strengths + other.strengths,
             self.schedules + other.schedules,
             other.merges,
+            {**other.seen, **self.seen},
         )
 
     def without(self, rows: AbstractSet[str]) -> Attached:
@@ -68,6 +74,7 @@ class Attached:
             tuple(self.strengths[entry] for entry in kept),
             tuple(self.schedules[entry] for entry in kept),
             self.merges,
+            {key: self.seen[key] for key in _turned(left)},
         )
 
     @cached_property
@@ -91,12 +98,18 @@ def attach(
 
     Raises TargetError for a module that nothing can be added to.
     """
-    attached = Attached(pieces, tuple(rows), tuple(strengths), tuple(schedules), _merges(patcher))
+    seen = {key: len(patcher.patches.get(key, ())) for key in _turned(pieces)}
+    attached = Attached(pieces, tuple(rows), tuple(strengths), tuple(schedules), _merges(patcher), seen)
     before = attached_to(patcher)
     if before is not None:
-        _require_unmerged(patcher, before)
+        _require_as_it_was(patcher, before)
         attached = before.joined(attached)
     _set(patcher, attached)
+
+
+def _turned(pieces: Mapping[str, tuple[Piece, ...]]) -> list[str]:
+    """The weights that a Transform looks at."""
+    return [key for key, there in pieces.items() if any(isinstance(piece.adapter, Transform) for piece in there)]
 
 
 def detach(patcher: Any, rows: AbstractSet[str]) -> None:
@@ -128,11 +141,12 @@ def _set(patcher: Any, attached: Attached) -> None:
 
     def inject(whom: Any) -> None:
         """whom is the patcher that runs: perhaps a clone, perhaps one with another copy of the model."""
-        _require_unmerged(whom, attached)
+        _require_as_it_was(whom, attached)
         hooks = hooks_of(whom.model)
         live, hooks.places = _hooked(whom, attached, spare=compiled(whom))
         if hooks.installed is not None and hooks.installed is not live:
             hooks.installed.remove()
+        live.stand_on(whom.model.current_weight_patches_uuid)
         live.set_strengths({place: attached.strengths[entry] for entry, place in hooks.places.items()})
         live.install()
         hooks.installed = live
@@ -170,7 +184,7 @@ def _hooked(patcher: Any, attached: Attached, *, spare: bool) -> tuple[Live, Map
     places = _places(footprints, hooks.made_of)
     if hooks.made is None or places is None or (len(places) < sum(map(bool, hooks.made_of)) and not spare):
         modules = {key: comfy.utils.get_attr(patcher.model, key.rpartition(".")[0]) for key in attached.pieces}
-        hooks.made, hooks.made_of = Live(modules, attached.pieces), footprints
+        hooks.made, hooks.made_of = Live(modules, attached.pieces, _weight_and_bias), footprints
         places = {entry: entry for entry, footprint in enumerate(footprints) if footprint}
     return hooks.made, places
 
@@ -199,8 +213,16 @@ def _merges(patcher: Any) -> int:
     return sum(strength_model != 1 for there in patcher.patches.values() for _, _, strength_model, _, _ in there)
 
 
-def _require_unmerged(patcher: Any, attached: Attached) -> None:
-    """A merge scales the weights and their patches; what runs beside the weights would keep its full strength."""
+def _require_as_it_was(patcher: Any, attached: Attached) -> None:
+    """A merge scales the weights and their patches; what runs beside the weights would keep its full strength. And a
+    Transform, which looks at its weight, would see a patch that was put there after it."""
+    for key, count in attached.seen.items():
+        if len(patcher.patches.get(key, ())) > count:
+            raise TargetError(
+                "was patched after a DoRA or another change that depends on it was put on it live.",
+                module=key,
+                remedy="Put that patch before it, or use mode patch for it.",
+            )
     if _merges(patcher) > attached.merges:
         raise TargetError(
             "The model was merged with another one after a LoRA was put on it live.",
@@ -228,10 +250,24 @@ def _scheduled(attached: Attached) -> Any:
     return call
 
 
+def _weight_and_bias(module: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Those that a module of the host runs with: patched, and de-quantised."""
+    if not hasattr(module, "weight_function"):
+        return weight_and_bias(module, device)
+    weight, bias = comfy.ops.cast_bias_weight(module, dtype=torch.float32, device=device, bias_dtype=torch.float32)
+    return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight, bias
+
+
 def weights(patcher: Any) -> frozenset[str]:
     """The weights beside which our nodes run something live."""
     attached = attached_to(patcher)
     return frozenset() if attached is None else frozenset(attached.pieces)
+
+
+def turned(patcher: Any) -> frozenset[str]:
+    """Those of them that are looked at: a patch after them would be seen, too."""
+    attached = patcher.get_attachment(KEY)
+    return frozenset() if attached is None else frozenset(attached.seen)
 
 
 def coarse(patcher: Any, keys: Iterable[str]) -> dict[str, str]:
@@ -254,7 +290,7 @@ def bakeable(patcher: Any) -> Attached | None:
     attached = patcher.get_attachment(KEY)
     if attached is None:
         return None
-    _require_unmerged(patcher, attached)
+    _require_as_it_was(patcher, attached)
     if not all(schedule.constant for schedule in attached.schedules):
         raise TargetError(
             "A LoRA on this model follows a schedule, which no weight can hold.",

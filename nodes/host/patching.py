@@ -15,6 +15,7 @@ from ...lora_ops.dialects import target_map
 from ...lora_ops.errors import TargetError
 from ...lora_ops.families import Shapes, recognise
 from ...lora_ops.landing import Landing, Piece
+from ...lora_ops.live import REMEDY
 from ...lora_ops.lora import TargetMap
 from ...lora_ops.stack import Schedule
 from ...lora_ops.survival import Survival
@@ -100,6 +101,9 @@ def _shapes(patcher: Any) -> Shapes:
     return shapes | quantised
 
 
+SCHEDULED = "live, for the schedule"
+
+
 class Applied(NamedTuple):
     """MODEL and CLIP with a landing on them, per part how: "patch", or "live" and why, and what is foreseen to survive
     of the update in a few of the patched weights, if any are stored coarsely."""
@@ -159,8 +163,7 @@ def _put(
     stored = live.coarse(patcher, pieces) if mode == "auto" else {}
     running, how = pieces.keys(), "live"
     if not all(schedule.constant for schedule in schedules):
-        _require_additive(pieces)
-        how = "live, for the schedule"
+        how = SCHEDULED
     elif mode != "live":
         running, how = stored.keys(), "patch"
         if stored:
@@ -173,26 +176,26 @@ def _put(
         _require_seen(patcher, patched)
         _register(patcher, {key: LandedPatch.of(there, ids) for key, there in patched.items()})
     if attached:
-        live.attach(patcher, attached, ids, [row.strengths[part] for row in rows], schedules)
+        try:
+            live.attach(patcher, attached, ids, [row.strengths[part] for row in rows], schedules)
+        except TargetError as error:
+            if how == SCHEDULED and error.remedy == REMEDY:  # which mode it is is not the person's to choose there
+                error.remedy = "Put it into a stack of its own before this one, or take the schedules out."
+            raise
     ledger.add(patcher, ledger.recorded(landing, ids, part, patched, attached))
     how += ", without the schedule (a text encoder has no steps)" if scheduled and part == "clip" else ""
     return how, storing.foreseen(patcher.model, patched, [*live.coarse(patcher, patched)])
 
 
-def _require_additive(pieces: Mapping[str, tuple[Piece, ...]]) -> None:
-    """Raises TargetError for what a stack with a schedule cannot run: all its rows are live, whatever the mode."""
-    for key, there in pieces.items():
-        for piece in there:
-            if isinstance(piece.adapter, Transform):
-                raise TargetError(
-                    f"gets {piece.adapter.ALGEBRA}, which cannot run live, as a row with a schedule asks of its stack.",
-                    module=key,
-                    remedy="Put it into a stack of its own before this one, or take the schedules out.",
-                )
-
-
 def _require_seen(patcher: Any, pieces: Mapping[str, tuple[Piece, ...]]) -> None:
-    """Raises TargetError for a change that depends on its weight where an earlier LoRA runs live beside that weight."""
+    """Raises TargetError for a change that depends on its weight where an earlier LoRA runs live beside that weight,
+    and for any change of a weight that an earlier one, which runs live, depends on."""
+    for key in pieces.keys() & live.turned(patcher):
+        raise TargetError(
+            "is changed live, by a DoRA or another LoRA that depends on it: it would see the one that comes after.",
+            module=key,
+            remedy="Put this one before the live one, or use the same mode for both.",
+        )
     for key in pieces.keys() & live.weights(patcher):
         for piece in pieces[key]:
             if isinstance(piece.adapter, Transform):
