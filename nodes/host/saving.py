@@ -114,19 +114,19 @@ class _Plan:
 
     def written(self, to: Destination, if_exists: str, graph: Mapping[str, str], told: Callable[[int], None]) -> Saved:
         metadata = described(self.file, to.name) | graph
-        verified, compared = Verified(), 0
+        verified, done = Verified(), 0
 
-        def more(size: int) -> None:
-            nonlocal compared
-            compared += size
-            told(2 * self.bytes + compared)
+        def so_far(now: int, _total: int = 0) -> None:
+            nonlocal done
+            done = now
+            told(done)
 
         def check(path: Path) -> None:
             nonlocal verified
-            verified = verify(path, self.file, self.kept, more)
+            verified = verify(path, self.file, self.kept, lambda size: so_far(done + size))
 
         ending = self.file.ending + SUFFIX
-        path = put(to, ending, if_exists, self.tensors, metadata, lambda done, _: told(done), check)
+        path = put(to, ending, if_exists, self.tensors, metadata, so_far, check)
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values())
         return Saved(path, path.stat().st_size, len(self.tensors), dict(dtypes), verified, tuple(self.notes()))
 

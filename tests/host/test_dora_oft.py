@@ -243,9 +243,9 @@ def test_a_schedule_runs_what_depends_on_its_weight(sd15, ours, samples, apply):
         one = {"model": 1.0, "clip": 1.0}
         entries = [stack.Entry(*pair) for pair in zip(loras, [one, one], schedules, strict=True)]
         landed = landing.land(entries, patching.targets(sd15, None))
-        model, _, how = patching.applied(landed, "patch", sd15, None)
-        assert how == {"model": "live, for the schedule"}
-        return run(model)
+        done = patching.applied(landed, "patch", sd15, None)
+        assert done.how == {"model": "live, for the schedule"}
+        return run(done.model)
 
     # the call of `run` is at timestep 0.5, the end of sampling
     on, off = stack.Schedule(start=0.2), stack.Schedule(end=0.2)

@@ -77,7 +77,8 @@ def test_the_saved_checkpoint_paints_the_picture_that_was_sampled(server, exampl
 
 
 def test_a_merged_file_holds_what_a_saved_model_holds(server, example):
-    """With the model in memory or without: the same weights to the bit, and the same recipe."""
+    """With the model in memory or without: the same recipe, and the same weights but where a product that is computed
+    in other blocks of rows falls to the other side of a rounding."""
     prompt = only_saving(example(STACK), filename_prefix="both/live", destination="output")
     stack = "<lora:ink_kohya:0.7:0.4>"
     node_of(prompt, "LoraOpsStack")["inputs"]["stack"] = stack
@@ -96,7 +97,11 @@ def test_a_merged_file_holds_what_a_saved_model_holds(server, example):
     assert merged == server.base / "output" / "both" / "merged.safetensors"
     one, other = values(saved), values(merged)
     assert one.keys() == other.keys()
-    assert [key for key in one if one[key].dtype != other[key].dtype or not torch.equal(one[key], other[key])] == []
+    for key, weight in one.items():
+        assert weight.dtype == other[key].dtype and (weight != other[key]).float().mean() < 1e-4, key
+        assert torch.allclose(weight.double(), other[key].double(), rtol=torch.finfo(weight.dtype).eps, atol=2**-24), (
+            key
+        )
     recipes = [Recipe.of_metadata(read_header(path).metadata, path.name) for path in (saved, merged)]
     assert [dict(each.strengths) for each in recipes[0].loras] == [{"model": 0.7, "clip": 0.4}]
     assert recipes[0] == recipes[1] and recipes[0].loras[0].sha256
