@@ -19,8 +19,6 @@ from .. import algebra
 from ..errors import ShapeError
 from .base import Additive, Product, Term, alpha_of, require_matrices, require_shape
 
-WIDE = 32  # measured with `python -m bench apply`
-
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Additive):
@@ -69,17 +67,12 @@ class LowRank(Additive):
 
     @classmethod
     def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
-        """Small ranks as one LoRA: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …].
-
-        One pass over the weight instead of several; from rank WIDE on, the multiplication takes longer than the pass
-        that joining would save, and the joined copy costs more than it.
-        """
-        small = [(a, s) for a, s in terms if isinstance(a, LowRank) and a.rank < WIDE]
-        if len(small) < 2:
+        """As one LoRA, in one pass over the weight: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …]."""
+        lows = [(adapter, strength) for adapter, strength in terms if isinstance(adapter, LowRank)]
+        if len(lows) < 2:
             return terms
-        ups, downs = zip(*(adapter._scaled(strength, dtype) for adapter, strength in small), strict=True)
-        joined = cls(torch.cat(ups, dim=1), torch.cat(downs))
-        return [(joined, 1.0), *(term for term in terms if term[0].rank >= WIDE)]
+        ups, downs = zip(*(adapter._scaled(strength, dtype) for adapter, strength in lows), strict=True)
+        return [(cls(torch.cat(ups, dim=1), torch.cat(downs)), 1.0)]
 
     def _scaled(self, strength: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """up and down as matrices in dtype, scale and strength in the smaller of them."""

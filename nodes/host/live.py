@@ -8,6 +8,7 @@ there, whoever ejects takes out what is there, and each run makes sure that its 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,15 +25,17 @@ from ...lora_ops.stack import Schedule
 from .caches import hooks_of
 
 KEY = "lora_ops_live"
+CALLBACKS = (CallbacksMP.ON_EJECT_MODEL, CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_DETACH)
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's strength and schedule, and how
-    many patches there were that scale what is below them (merges)."""
+    """All that our nodes run live on one MODEL or CLIP: pieces by weight, each entry's row in the ledger, strength and
+    schedule, and how many patches there were that scale what is below them (merges)."""
 
     pieces: Mapping[str, tuple[Piece, ...]]
+    rows: tuple[str, ...]
     strengths: tuple[float, ...]
     schedules: tuple[Schedule, ...]
     merges: int
@@ -43,7 +46,29 @@ class Attached:
         for key, there in other.pieces.items():
             moved = tuple(replace(piece, entry=piece.entry + first) for piece in there)
             pieces[key] = (*pieces.get(key, ()), *moved)
-        return Attached(pieces, self.strengths + other.strengths, self.schedules + other.schedules, other.merges)
+        return Attached(
+            pieces,
+            self.rows + other.rows,
+            self.strengths + other.strengths,
+            self.schedules + other.schedules,
+            other.merges,
+        )
+
+    def without(self, rows: AbstractSet[str]) -> Attached:
+        """What remains when these rows are taken off."""
+        kept = [entry for entry, row in enumerate(self.rows) if row not in rows]
+        place = {entry: number for number, entry in enumerate(kept)}
+        left = {
+            key: tuple(replace(each, entry=place[each.entry]) for each in there if each.entry in place)
+            for key, there in self.pieces.items()
+        }
+        return Attached(
+            {key: there for key, there in left.items() if there},
+            tuple(self.rows[entry] for entry in kept),
+            tuple(self.strengths[entry] for entry in kept),
+            tuple(self.schedules[entry] for entry in kept),
+            self.merges,
+        )
 
     @cached_property
     def footprints(self) -> tuple[frozenset[object], ...]:
@@ -58,6 +83,7 @@ class Attached:
 def attach(
     patcher: Any,
     pieces: Mapping[str, tuple[Piece, ...]],
+    rows: Sequence[str],
     strengths: Sequence[float],
     schedules: Sequence[Schedule],
 ) -> None:
@@ -65,18 +91,46 @@ def attach(
 
     Raises TargetError for a module that nothing can be added to.
     """
-    attached = Attached(pieces, tuple(strengths), tuple(schedules), _merges(patcher))
-    before = patcher.get_attachment(KEY)
+    attached = Attached(pieces, tuple(rows), tuple(strengths), tuple(schedules), _merges(patcher))
+    before = attached_to(patcher)
     if before is not None:
         _require_unmerged(patcher, before)
         attached = before.joined(attached)
+    _set(patcher, attached)
+
+
+def detach(patcher: Any, rows: AbstractSet[str]) -> None:
+    """Take these rows off a fresh clone."""
+    before = attached_to(patcher)
+    if before is None or rows.isdisjoint(before.rows):
+        return
+    attached = before.without(rows)
+    if attached.pieces:
+        _set(patcher, attached)
+        return
+    patcher.remove_attachments(KEY)
+    patcher.remove_injections(KEY)
+    for kind in CALLBACKS:
+        patcher.remove_callbacks_with_key(kind, KEY)
+    patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    for kinds in (patcher.callbacks, patcher.wrappers):  # the host fails on a kind that one clone has and another not
+        for kind in [kind for kind, there in kinds.items() if not there]:
+            del kinds[kind]
+
+
+def attached_to(patcher: Any) -> Attached | None:
+    """All that our nodes run live on a MODEL or CLIP."""
+    return patcher.get_attachment(KEY)
+
+
+def _set(patcher: Any, attached: Attached) -> None:
     _hooked(patcher, attached, spare=True)  # now, so that a module that cannot run live is this node's error
 
     def inject(whom: Any) -> None:
         """whom is the patcher that runs: perhaps a clone, perhaps one with another copy of the model."""
         _require_unmerged(whom, attached)
         hooks = hooks_of(whom.model)
-        live, hooks.places = _hooked(whom, attached, spare=_compiled(whom))
+        live, hooks.places = _hooked(whom, attached, spare=compiled(whom))
         if hooks.installed is not None and hooks.installed is not live:
             hooks.installed.remove()
         live.set_strengths({place: attached.strengths[entry] for entry, place in hooks.places.items()})
@@ -85,17 +139,13 @@ def attach(
 
     patcher.set_attachments(KEY, attached)
     patcher.set_injections(KEY, [PatcherInjection(inject=inject, eject=_eject)])
-    _set_callback(patcher, CallbacksMP.ON_EJECT_MODEL, _eject)  # once more when every other pack's hooks are out
-    _set_callback(patcher, CallbacksMP.ON_PRE_RUN, inject)  # a clone that died since loading took the hooks with it
-    _set_callback(patcher, CallbacksMP.ON_DETACH, _forget)
+    # Once more when every other pack's hooks are out; a clone that died since loading took the hooks with it.
+    for kind, callback in zip(CALLBACKS, (_eject, inject, _forget), strict=True):
+        patcher.remove_callbacks_with_key(kind, KEY)
+        patcher.add_callback_with_key(kind, KEY, callback)
     patcher.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     if not all(schedule.constant for schedule in attached.schedules):
         patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _scheduled(attached))
-
-
-def _set_callback(patcher: Any, kind: str, callback: Any) -> None:
-    patcher.remove_callbacks_with_key(kind, KEY)
-    patcher.add_callback_with_key(kind, KEY, callback)
 
 
 def _eject(whom: Any) -> None:
@@ -125,7 +175,7 @@ def _hooked(patcher: Any, attached: Attached, *, spare: bool) -> tuple[Live, Map
     return hooks.made, places
 
 
-def _compiled(patcher: Any) -> bool:
+def compiled(patcher: Any) -> bool:
     """Whether other hooks would cost minutes of torch.compile: a row that is switched off then keeps its place."""
     patched = patcher.object_patches.values()
     return "torch_compile_kwargs" in patcher.model_options or any(hasattr(each, "_orig_mod") for each in patched)
@@ -180,7 +230,7 @@ def _scheduled(attached: Attached) -> Any:
 
 def weights(patcher: Any) -> frozenset[str]:
     """The weights beside which our nodes run something live."""
-    attached = patcher.get_attachment(KEY)
+    attached = attached_to(patcher)
     return frozenset() if attached is None else frozenset(attached.pieces)
 
 
