@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import recipe
 from ..algebra import swap_halves
-from ..errors import AdapterError, FileError, LoraOpsError, shown
+from ..errors import AdapterError, FileError, LoraOpsError, StackError, shown
 from ..files import Entry, Header, Lazy, Progress, read_rows, read_text, write, write_folder
 from ..landing import Landing, Piece, merged, of_rows
 from ..layouts.metadata import BASES
@@ -59,8 +59,13 @@ def merge(
 
     loras is the whole recipe afterwards (None: the checkpoint's own, and then the landing's). dtype rounds all weights
     of the model and its text encoders to one dtype (fp8: the matrices), None each to its own. Memory is bounded.
-    Raises FileError like files.write, AdapterError for a weight that cannot be changed as it is stored.
+    Raises FileError like files.write, AdapterError for a weight that cannot be changed as it is stored, StackError for
+    a strength that changes while sampling: a file has one.
     """
+    for row in landing.rows:
+        if not row.entry.schedule.constant:
+            what = "has a strength that changes while sampling, which no file can hold."
+            raise StackError(what, file=row.entry.lora.name, remedy="Take its schedule away, or use mode live.")
     content = _content(checkpoint, landing, dtype, torch.device(device), loras)
     if not checkpoint.folder:
         [(tensors, told)] = content.values()

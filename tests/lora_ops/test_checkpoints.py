@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from lora_ops.files import read_header, write
 from lora_ops.landing import land
 from lora_ops.lora import Lora
 from lora_ops.recipe import Recipe
-from lora_ops.stack import Entry
+from lora_ops.stack import Entry, Schedule
 from tests.laws import test_adapters, test_transforms
 
 Tensors = Mapping[str, torch.Tensor]
@@ -214,6 +215,14 @@ def test_fp8_with_a_scale_is_changed_at_its_true_size_and_scaled_anew(dtype, nam
     assert same({name: stored[name] for name in other}, other)
     with pytest.raises(AdapterError):
         checkpoints.merge(base, land([], base.targets), tmp_path / "other", dtype=torch.bfloat16)
+
+
+def test_a_strength_that_changes_while_sampling_is_refused(folder, tmp_path):
+    base = checkpoints.opened(folder / "base.safetensors")
+    entry = replace(parse_lora(str(folder / INK)), schedule=Schedule(end=0.5))
+    with pytest.raises(StackError, match="changes while sampling") as caught:
+        checkpoints.merge(base, land([entry], base.targets), tmp_path / "out")
+    assert caught.value.file == INK and not list(tmp_path.iterdir())
 
 
 # Shards and folders
