@@ -21,8 +21,8 @@ from lora_ops.dialects import published_map, target_map
 from lora_ops.errors import AdapterError, FileError, LoraOpsError, StackError, TargetError
 from lora_ops.families import FAMILIES, flux, recognise
 from lora_ops.files import read_header, write
-from lora_ops.landing import land
-from lora_ops.lora import Lora
+from lora_ops.landing import Piece, land, merged, of_rows
+from lora_ops.lora import Band, Lora
 from lora_ops.recipe import Recipe
 from lora_ops.stack import Entry, Schedule
 from tests.laws import test_adapters, test_transforms
@@ -502,3 +502,16 @@ def test_a_family_is_told_by_its_names_in_diffusers(name):
     found = checkpoints.disk._of_diffusers(names)
     assert found is not None and found[0].family == name
     assert {named: target.delta_shape for named, target in found[1].items()} == names
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 12])
+def test_blocks_of_rows_together_are_the_whole_whatever_bands_the_pieces_have(step):
+    one, other = LowRank(rand(12, 2), rand(2, 8)), LowRank(rand(5, 2, seed=2), rand(2, 8, seed=3))
+    pieces = [Piece(one, None, 0.5), Piece(other, Band(4, 5), 2.0), Piece(one.narrowed(0, 3), Band(9, 3), -1.0)]
+    weight = rand(12, 8, seed=4).double()
+    blocks = [merged(rows, of_rows(pieces, start, len(rows))) for start, rows in cut(weight, step)]
+    torch.testing.assert_close(torch.cat(blocks), merged(weight, pieces), rtol=1e-12, atol=1e-12)
+
+
+def cut(weight: torch.Tensor, step: int) -> list[tuple[int, torch.Tensor]]:
+    return [(start, weight[start : start + step]) for start in range(0, len(weight), step)]
