@@ -7,7 +7,7 @@ import json
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 
@@ -91,16 +91,6 @@ def finite(value: object, what: str) -> float:
     if not math.isfinite(number):
         raise StackError(f"{what} is {shown(value)}, it should be a finite number.")
     return number
-
-
-def require_constant(rows: Iterable[Row]) -> None:
-    """Raises StackError for a row that follows a schedule, where there are no steps for it."""
-    for row in rows:
-        if not row.schedule.constant:
-            raise StackError(
-                f"{shown(row.name)} follows a schedule, which no weight can hold.",
-                remedy="Take start, end and schedule out of its row, or switch the row off.",
-            )
 
 
 def parse(text: str) -> tuple[Row, ...]:

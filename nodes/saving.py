@@ -17,7 +17,7 @@ from ..lora_ops.landing import guess, land, require_coverage
 from ..lora_ops.layouts import LAYOUTS, write, write_numbered
 from ..lora_ops.lora import Lora
 from ..lora_ops.receipt import receipt
-from ..lora_ops.stack import finite, parse, require_constant
+from ..lora_ops.stack import finite, parse
 from ..lora_ops.words import PHRASE, joined
 from .host import caches, destinations, names, patching, saving
 from .host.api import io
@@ -278,7 +278,6 @@ class LoraOpsMergeFiles(io.ComfyNode):
     @classmethod
     def execute(cls, base, stack, dtype, filename_prefix, destination, if_exists, min_coverage, lora_stack=None):
         rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
-        require_constant(rows)
         found, start = names.base(base), time.perf_counter()
         to = destinations.destination(destination, found.kind, filename_prefix, cls.hidden.prompt)
         checkpoint, loras = checkpoints.opened(found.path), on_disk(rows)

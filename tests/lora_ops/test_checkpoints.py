@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,10 @@ from lora_ops.dialects import published_map, target_map
 from lora_ops.errors import AdapterError, FileError, LoraOpsError, StackError, TargetError
 from lora_ops.families import FAMILIES, flux, recognise
 from lora_ops.files import read_header, write
-from lora_ops.landing import land
-from lora_ops.lora import Lora
+from lora_ops.landing import Piece, land, merged, of_rows
+from lora_ops.lora import Band, Lora
 from lora_ops.recipe import Recipe
-from lora_ops.stack import Entry
+from lora_ops.stack import Entry, Schedule
 from tests.laws import test_adapters, test_transforms
 
 Tensors = Mapping[str, torch.Tensor]
@@ -33,6 +34,9 @@ ADAPTERS = {
     **{name: (case.adapter, case.shape) for name, case in test_transforms.CASES.items()},
 }
 FLUX = {f"model.diffusion_model.{key}": s for key, s in flux.flux1_shapes(hidden=8, double=1, single=1).items()}
+
+
+ONE = torch.ones(())
 
 
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -170,7 +174,13 @@ def test_a_result_that_the_dtype_cannot_hold_is_refused_by_name(dtype, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "beside", [{"a.weight_scale": torch.ones(())}, {"a.comfy_quant": torch.ones(3).to(torch.uint8)}, {}]
+    "beside",
+    [
+        {"a.weight_scale": torch.ones(4)},
+        {"a.comfy_quant": torch.ones(3).to(torch.uint8)},
+        {"a.weight_scale_2": ONE},
+        {},
+    ],
 )
 def test_weights_that_are_stored_as_something_else_are_refused_by_name(beside, tmp_path):
     weight = torch.ones(4, 4).to(torch.float8_e4m3fn if beside else torch.int8)
@@ -181,6 +191,38 @@ def test_weights_that_are_stored_as_something_else_are_refused_by_name(beside, t
     with pytest.raises(AdapterError, match="is stored as") as caught:
         checkpoints.merge(base, landing, tmp_path / "out")
     assert "a." in (caught.value.module or "") and caught.value.file == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_with_a_scale_is_changed_at_its_true_size_and_scaled_anew(dtype, name, shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "ROWS", 4 * 8 * 3)
+    key, limit = "model.diffusion_model.a", torch.finfo(dtype).max
+    weight, scale = rand(12, 8).to(dtype), torch.full(shape, 0.02)
+    other = {f"{key[:-1]}b.weight": weight, f"{key[:-1]}b.{name}": scale}
+    write(tmp_path / "base", {f"{key}.weight": weight, f"{key}.{name}": scale, **other}, overwrite=True)
+    lora = LowRank(rand(12, 2) / 10, rand(2, 8) / 10)
+    base = checkpoints.opened(tmp_path / "base")
+    checkpoints.merge(base, land([both(Lora("x", {"diffusion_model.a": lora}))], base.targets), tmp_path / "out")
+    stored = safetensors.torch.load_file(tmp_path / "out")
+    exact = weight.double() * 0.02 + lora.delta((12, 8), torch.float64)
+    torch.testing.assert_close(stored[f"{key}.{name}"].double(), (exact.abs().max() / limit).expand(shape))
+    found = stored[f"{key}.weight"].double() * stored[f"{key}.{name}"].double()
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * stored[f"{key}.{name}"].item()
+    assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + least).all()
+    assert stored[f"{key}.weight"].dtype == dtype and stored[f"{key}.{name}"].shape == shape
+    assert same({name: stored[name] for name in other}, other)
+    with pytest.raises(AdapterError):
+        checkpoints.merge(base, land([], base.targets), tmp_path / "other", dtype=torch.bfloat16)
+
+
+def test_a_strength_that_changes_while_sampling_is_refused(folder, tmp_path):
+    base = checkpoints.opened(folder / "base.safetensors")
+    entry = replace(parse_lora(str(folder / INK)), schedule=Schedule(end=0.5))
+    with pytest.raises(StackError, match="follows a schedule") as caught:
+        checkpoints.merge(base, land([entry], base.targets), tmp_path / "out")
+    assert caught.value.file == INK and not list(tmp_path.iterdir())
 
 
 # Shards and folders
@@ -268,8 +310,7 @@ def names_of(targets) -> str:
     return "unet" if targets.family.startswith("sd1") else "transformer"
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
-@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+@pytest.mark.parametrize(("family", "dialect"), [("sd15", "kohya"), ("flux", "kohya"), ("flux", "diffusers")])
 def test_a_folder_of_diffusers_gets_the_same_update_as_one_file(family, dialect, folder, tmp_path):
     if family == "sd15":
         tensors = {k: v for k, v in samples.small_checkpoint().items() if "text_projection" not in k}
@@ -461,3 +502,16 @@ def test_a_family_is_told_by_its_names_in_diffusers(name):
     found = checkpoints.disk._of_diffusers(names)
     assert found is not None and found[0].family == name
     assert {named: target.delta_shape for named, target in found[1].items()} == names
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 12])
+def test_blocks_of_rows_together_are_the_whole_whatever_bands_the_pieces_have(step):
+    one, other = LowRank(rand(12, 2), rand(2, 8)), LowRank(rand(5, 2, seed=2), rand(2, 8, seed=3))
+    pieces = [Piece(one, None, 0.5), Piece(other, Band(4, 5), 2.0), Piece(one.narrowed(0, 3), Band(9, 3), -1.0)]
+    weight = rand(12, 8, seed=4).double()
+    blocks = [merged(rows, of_rows(pieces, start, len(rows))) for start, rows in cut(weight, step)]
+    torch.testing.assert_close(torch.cat(blocks), merged(weight, pieces), rtol=1e-12, atol=1e-12)
+
+
+def cut(weight: torch.Tensor, step: int) -> list[tuple[int, torch.Tensor]]:
+    return [(start, weight[start : start + step]) for start in range(0, len(weight), step)]
