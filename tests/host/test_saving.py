@@ -31,10 +31,10 @@ def save(ours, output):
     saving, checkpoints = ours("nodes.host.saving"), ours("nodes.host.checkpoints")
     destinations = ours("nodes.host.destinations")
 
-    def put(layout, dtype=None, *, prefix="saved", if_exists="number", progress=lambda done, total: None, **things):
+    def put(layout, dtype=None, *, prefix="saved", if_exists="number", graph=None, progress=lambda *_: None, **things):
         parts = {name: checkpoints.Part(name, thing, dtype) for name, thing in things.items() if thing is not None}
         to = destinations.destination("output", checkpoints.FOLDERS[layout], prefix, {})
-        return saving.save(layout, parts, to, if_exists, {}, progress)
+        return saving.save(layout, parts, to, if_exists, graph or {}, progress)
 
     return put
 
@@ -109,14 +109,13 @@ def reloaded(family, path):
     return fresh
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_model_is_saved_to_the_bit_in_its_own_dtype(dtype, save, samples, apply, pack):
-    for family in ("sdxl", "flux"):
-        model = inside.model(family, dtype)
-        changed = apply(model, (samples(model, 0, seed=1), 0.7))
-        ((saved),) = save("diffusion model", model=changed)
-        assert saved.verified.equal == saved.verified.weights
-        assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
+@pytest.mark.parametrize(("family", "dtype"), [("sdxl", torch.float16), ("flux", torch.bfloat16)])
+def test_a_half_precision_model_is_saved_to_the_bit_in_its_own_dtype(family, dtype, save, samples, apply, pack):
+    model = inside.model(family, dtype)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights
+    assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
 
 
 def test_a_full_checkpoint_keeps_its_files_dtypes_and_reopens_within_one_rounding(save, checkpoint, patched):
@@ -238,6 +237,18 @@ def test_metadata_and_flags_of_the_source_are_kept(ours, save, tmp_path, pack):
     assert header.metadata["author"] == "A. Nonymous" and header.metadata["modelspec.predict_key"] == "v"
     assert header.metadata["lora_ops.recipe"] == first.text
     assert not {"sshs_model_hash", "workflow"} & header.metadata.keys()
+
+
+def test_the_graph_is_in_the_file_unless_metadata_is_disabled(ours, save, monkeypatch, pack):
+    from comfy.cli_args import args
+
+    saving, files = ours("nodes.host.saving"), ours("lora_ops.files")
+    prompt, extra = {"1": {"class_type": "X"}}, {"workflow": {"nodes": []}}
+    ((saved),) = save("diffusion model", model=inside.model("flux"), graph=saving.workflow(prompt, extra))
+    told = files.read_header(saved.path).metadata
+    assert (told["prompt"], told["workflow"]) == ('{"1": {"class_type": "X"}}', '{"nodes": []}')
+    monkeypatch.setattr(args, "disable_metadata", True)
+    assert saving.workflow(prompt, extra) == {}
 
 
 def test_a_weight_that_is_not_the_live_one_is_found_and_nothing_is_named(ours, save, samples, apply, output):
