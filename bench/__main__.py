@@ -9,7 +9,7 @@ import sys
 from harness import comfy
 from harness.comfy import PACK
 
-BENCHES = ("apply",)
+BENCHES = ("apply", "merge")
 
 
 def main(arguments: list[str]) -> int:

@@ -7,6 +7,7 @@ appended; a changed meaning is a new node.
 from .host.api import ComfyExtension
 from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
+from .merging import LoraOpsMerge
 from .patching import LoraOpsApply
 from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
@@ -20,6 +21,7 @@ NODES = (
     LoraOpsScale,
     LoraOpsPatches,
     LoraOpsUnload,
+    LoraOpsMerge,
     LoraOpsSaveCheckpoint,
     LoraOpsSaveLora,
     LoraOpsMergeFiles,

@@ -76,8 +76,8 @@ class LoraOpsStack(io.ComfyNode):
             require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
         words = [each.words() for each in loaded]
-        model, clip, how = patching.applied(landing, mode, model, clip)
-        found = receipt(landing, seconds, how)
+        model, clip, how, survival = patching.applied(landing, mode, model, clip)
+        found = receipt(landing, seconds, how, survival)
         return io.NodeOutput(
             model,
             clip,

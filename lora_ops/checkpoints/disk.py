@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -14,7 +13,7 @@ from ..dialects import published_map, target_map
 from ..errors import FileError, TargetError, shown
 from ..families import FAMILIES, Family, Shapes, recognise, under
 from ..files import Entry, Header, read_header, read_text
-from ..lora import Band, Target, TargetMap
+from ..lora import Target, TargetMap
 
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 INDEX_LIMIT = 64 << 20  # bytes
@@ -181,8 +180,9 @@ def _of_diffusers(names: Shapes) -> tuple[TargetMap, Mapping[str, Target]] | Non
     best: tuple[int, TargetMap, Mapping[str, Target]] | None = None
     for family in FAMILIES:
         native = _native(family, names)
-        component = family.components[0]
-        if not family.recognises(under(native, component.sources[0])):
+        # What is no layer's weight has no name in diffusers: there it cannot tell families apart.
+        bare = {key: shape for key, shape in family.published().items() if not key.endswith((".weight", ".bias"))}
+        if not native or not family.recognises(under({**bare, **native}, family.components[0].sources[0])):
             continue
         targets = target_map(family, native)
         places = {name: target for name, shape in names.items() if (target := _place(name, shape, targets))}
@@ -194,18 +194,29 @@ def _of_diffusers(names: Shapes) -> tuple[TargetMap, Mapping[str, Target]] | Non
 def _native(family: Family, names: Shapes) -> Shapes:
     """The model's own weights: of those that diffusers splits, only such as are there with all their bands."""
     published = published_map(family)
-    bands = Counter(target.key for target in published.targets if target.band)
-    found: dict[str, dict[Band | None, tuple[int, ...]]] = {}
+    if not any(map(published.meanings, list(names)[:: len(names) // 16 or 1])):
+        return {}
+    found: dict[str, dict[Target, tuple[int, ...]]] = {}
     for name, shape in names.items():
         meanings = published.meanings(name)
         if len(meanings) == 1 and shape:
             target = meanings[0].target
-            found.setdefault(target.key, {})[target.band] = shape
+            found.setdefault(target.key, {})[target] = shape
     return {
         key: (sum(shape[0] for shape in there.values()), *next(iter(there.values()))[1:])
         for key, there in found.items()
-        if len(there) == (1 if None in there else bands[key])
+        if _tile(there)
     }
+
+
+def _tile(targets: Iterable[Target]) -> bool:
+    """Whether the bands of one weight are all of its rows, each once."""
+    end = rows = 0
+    for target in sorted(targets, key=lambda target: target.rows.start):
+        if target.rows.start != end:
+            return False
+        end, rows = target.rows.end, target.shape[0]
+    return end == rows
 
 
 def _place(name: str, shape: tuple[int, ...], targets: TargetMap) -> Target | None:

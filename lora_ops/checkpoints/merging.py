@@ -31,8 +31,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "fp8_e5m2": torch.float8_e5m2,
 }
 FLOATS = (torch.float64, *DTYPES.values())
-ROWS = 32 << 20  # bytes of float32 that are computed at a time
-COPIED = 16 << 20  # bytes that are copied at a time
+ROWS = 8 << 20  # bytes of float32 that are computed at a time: small enough for memory to be used again, not got anew
+COPIED = 4 << 20  # bytes that are copied at a time
 # Beside a weight that is stored as multiples of something: without knowing of what nobody can add to it.
 _SCALES = ("weight_scale", "scale_weight", "weight_scale_2", "comfy_quant", "weight.absmax", "weight_scale_inv")
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")

@@ -130,7 +130,7 @@ def _set(patcher: Any, attached: Attached) -> None:
         """whom is the patcher that runs: perhaps a clone, perhaps one with another copy of the model."""
         _require_unmerged(whom, attached)
         hooks = hooks_of(whom.model)
-        live, hooks.places = _hooked(whom, attached, spare=_compiled(whom))
+        live, hooks.places = _hooked(whom, attached, spare=compiled(whom))
         if hooks.installed is not None and hooks.installed is not live:
             hooks.installed.remove()
         live.set_strengths({place: attached.strengths[entry] for entry, place in hooks.places.items()})
@@ -175,7 +175,7 @@ def _hooked(patcher: Any, attached: Attached, *, spare: bool) -> tuple[Live, Map
     return hooks.made, places
 
 
-def _compiled(patcher: Any) -> bool:
+def compiled(patcher: Any) -> bool:
     """Whether other hooks would cost minutes of torch.compile: a row that is switched off then keeps its place."""
     patched = patcher.object_patches.values()
     return "torch_compile_kwargs" in patcher.model_options or any(hasattr(each, "_orig_mod") for each in patched)

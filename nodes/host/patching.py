@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
-import comfy.model_management
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
@@ -15,10 +14,11 @@ from ...lora_ops.adapters import Transform
 from ...lora_ops.dialects import target_map
 from ...lora_ops.errors import TargetError
 from ...lora_ops.families import Shapes, recognise
-from ...lora_ops.landing import Landing, Piece, add_
+from ...lora_ops.landing import Landing, Piece
 from ...lora_ops.lora import TargetMap
 from ...lora_ops.stack import Schedule
-from . import ledger, live
+from ...lora_ops.survival import Survival
+from . import ledger, live, storing
 
 
 class LandedPatch(WeightAdapterBase):
@@ -66,14 +66,10 @@ class LandedPatch(WeightAdapterBase):
 
         We register whole weights without a function, so offset and function are never ours to apply. Where the host
         patches for good it rounds a float32 result once; where it patches per forward, intermediate_dtype is the
-        weight's own and so is the result's. Factors come in float32 at least: a rounded magnitude would be a systematic
-        error.
+        weight's own and so is the result's.
         """
-        compute = torch.promote_types(weight.dtype, intermediate_dtype)
-        total, wide = weight.to(compute), torch.promote_types(compute, torch.float32)
-        move = comfy.model_management.cast_to_device
-        pieces = [Piece.unpacked(piece, lambda t: move(t, weight.device, wide)) for _, piece in self.weights]
-        add_(total, pieces, strength)
+        total = weight.to(torch.promote_types(weight.dtype, intermediate_dtype))
+        storing.put(total, self.pieces, strength)
         return total
 
 
@@ -105,11 +101,13 @@ def _shapes(patcher: Any) -> Shapes:
 
 
 class Applied(NamedTuple):
-    """MODEL and CLIP with a landing on them, and per part how: "patch", or "live" and why."""
+    """MODEL and CLIP with a landing on them, per part how: "patch", or "live" and why, and what is foreseen to survive
+    of the update in a few of the patched weights, if any are stored coarsely."""
 
     model: Any
     clip: Any
-    how: dict[str, str]
+    how: Mapping[str, str]
+    survival: Mapping[str, Survival]
 
 
 def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
@@ -118,14 +116,17 @@ def applied(landing: Landing, mode: str, model: Any, clip: Any) -> Applied:
     mode is "patch", "live", or "auto": live for the weights that are stored too coarsely to hold an update.
     """
     how: dict[str, str] = {}
+    survival: dict[str, Survival] = {}
     ids = ledger.rows_of(landing)
     if pieces := landing.of_part("model"):
         model = model.clone()
-        how["model"] = _put(model, landing, ids, "model", pieces, mode)
+        how["model"], found = _put(model, landing, ids, "model", pieces, mode)
+        survival |= found
     if pieces := landing.of_part("clip"):
         clip = clip.clone()
-        how["clip"] = _put(clip.patcher, landing, ids, "clip", pieces, mode)
-    return Applied(model, clip, how)
+        how["clip"], found = _put(clip.patcher, landing, ids, "clip", pieces, mode)
+        survival |= found
+    return Applied(model, clip, how, survival)
 
 
 def take_off(patcher: Any, rows: AbstractSet[str]) -> None:
@@ -150,7 +151,7 @@ def _put(
     part: str,
     pieces: Mapping[str, tuple[Piece, ...]],
     mode: str,
-) -> str:
+) -> tuple[str, Mapping[str, Survival]]:
     rows = [row.entry for row in landing.rows]
     scheduled = not all(row.schedule.constant for row in rows)
     # A text encoder runs once, before sampling: there is no percent for it.
@@ -174,7 +175,8 @@ def _put(
     if attached:
         live.attach(patcher, attached, ids, [row.strengths[part] for row in rows], schedules)
     ledger.add(patcher, ledger.recorded(landing, ids, part, patched, attached))
-    return f"{how}, without the schedule (a text encoder has no steps)" if scheduled and part == "clip" else how
+    how += ", without the schedule (a text encoder has no steps)" if scheduled and part == "clip" else ""
+    return how, storing.foreseen(patcher.model, patched, [*live.coarse(patcher, patched)])
 
 
 def _require_additive(pieces: Mapping[str, tuple[Piece, ...]]) -> None:

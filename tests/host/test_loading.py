@@ -165,6 +165,10 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
         "LoraOpsTriggerWords": (["lora", "lora_stack"], [("STRING", "trigger_words")]),
         "LoraOpsPatches": (["model", "clip"], [("STRING", "report")]),
         "LoraOpsUnload": (["model", "clip", "which"], [("MODEL", "MODEL"), ("CLIP", "CLIP")]),
+        "LoraOpsMerge": (
+            ["model", "clip", "lora", "lora_stack", "strength_model", "strength_clip", "min_coverage"],
+            [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("STRING", "receipt")],
+        ),
         "LoraOpsScale": (["lora", "strength", "blocks", "model"], [("LORA_MODEL", "lora")]),
         "LoraOpsSaveCheckpoint": (
             [

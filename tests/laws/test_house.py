@@ -26,6 +26,7 @@ ORDER = (
     "stack",
     "landing",
     "recipe",
+    "survival",
     "scaling",
     "live",
     "layouts",
