@@ -6,8 +6,10 @@ Each weight is read, changed in float32 and rounded once; everything else is cop
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 
@@ -33,8 +35,9 @@ DTYPES: Mapping[str, torch.dtype] = {
 FLOATS = (torch.float64, *DTYPES.values())
 ROWS = 8 << 20  # bytes of float32 that are computed at a time: small enough for memory to be used again, not got anew
 COPIED = 4 << 20  # bytes that are copied at a time
-# Beside a weight that is stored as multiples of something: without knowing of what nobody can add to it.
-_SCALES = ("weight_scale", "scale_weight", "weight_scale_2", "comfy_quant", "weight.absmax", "weight_scale_inv")
+# Beside a weight that is stored as multiples of something; of which one number for all of fp8 is understood.
+_SCALE = ("weight_scale", "scale_weight")
+_SCALES = (*_SCALE, "weight_scale_2", "comfy_quant", "weight.absmax", "weight_scale_inv")
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 Content = dict[str, tuple[dict[str, Lazy], dict[str, str]]]  # file -> tensors and metadata
@@ -100,7 +103,8 @@ def _content(
     content: Content = {}
     for name, header in checkpoint.files.items():
         try:
-            tensors = {each.name: _tensor(header, each, pieces, dtype, device) for each in checkpoint.stored[name]}
+            made = [_tensors(header, each, pieces, dtype, device) for each in checkpoint.stored[name]]
+            tensors = {key: tensor for each in sorted(made, key=len) for key, tensor in each.items()}  # new scales last
         except LoraOpsError as error:
             error.file = header.path
             raise
@@ -124,26 +128,71 @@ def metadata(source: Mapping[str, str], family: str, loras: Recipe) -> dict[str,
     return told
 
 
-def _tensor(
+def _tensors(
     header: Header,
     stored: Stored,
     pieces: Mapping[tuple[str, str], tuple[Piece, ...]],
     dtype: torch.dtype | None,
     device: torch.device,
-) -> Lazy:
+) -> dict[str, Lazy]:
+    """A tensor as it will be written; with a weight that has a scale, the scale."""
     name, entry, part, target = stored
     rounded = _rounded(entry, part, dtype)
     there = pieces.get((target.part, target.key), ()) if target else ()
     if target and target.band:
         there = of_rows(there, target.band.start, target.band.length)
     if not there and rounded == entry.dtype:
-        return Lazy(entry.dtype, entry.shape, partial(read_rows, header, name, COPIED), kept=True)
-    _require_plain(header, name)
-    change = partial(_swapped, pieces=there, dtype=rounded) if target and target.swap else None
-    change = change or partial(merged, pieces=there, dtype=rounded)
-    if not (target and target.swap) and _splits(there, entry):
-        return Lazy(rounded, entry.shape, partial(_rows, header, name, there, rounded, device))
-    return Lazy(rounded, entry.shape, partial(_whole, header, name, change, device))
+        return {name: Lazy(entry.dtype, entry.shape, partial(read_rows, header, name, COPIED), kept=True)}
+    scale = _scale(header, name, dtype)
+    swap = bool(target and target.swap)
+    change = _Change(header, name, there, device, swap, not swap and _splits(there, entry), scale)
+    made = {name: Lazy(rounded, entry.shape, partial(change.blocks, rounded))}
+    if scale:
+        made[scale] = Lazy(torch.float32, header.entries[scale].shape, lambda: [change.scale_of(rounded)])
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class _Change:
+    """A weight as stored, and what happens to it."""
+
+    header: Header
+    name: str
+    pieces: Sequence[Piece]
+    device: torch.device
+    swap: bool  # stored with its halves exchanged
+    splits: bool  # whether its rows can be changed by themselves
+    scale: str | None  # the tensor whose one number it is stored in multiples of
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Its rows, changed, in dtype: in multiples of the new scale if there is a scale, as the host's rule is."""
+        if not self.scale:
+            yield from self._changed(dtype)
+            return
+        scale = self.scale_of(dtype).to(self.device)
+        for rows in self._changed(torch.float32):
+            yield (rows / scale).to(dtype)
+
+    def scale_of(self, dtype: torch.dtype) -> Tensor:
+        """The scale that lets the largest value be the dtype's largest."""
+        assert self.scale
+        largest = max((float(rows.abs().amax()) for rows in self._changed(torch.float32)), default=0.0)
+        [old] = read_rows(self.header, self.scale, COPIED)
+        return torch.full_like(old, largest / torch.finfo(dtype).max) if largest else old
+
+    def _changed(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        entry, start = self.header.entries[self.name], 0
+        old = next(iter(read_rows(self.header, self.scale, COPIED))).to(self.device) if self.scale else None
+        limit = ROWS * entry.dtype.itemsize // 4 if self.splits else 1 << 62
+        for rows in read_rows(self.header, self.name, limit):
+            length = len(rows) if rows.ndim else 1
+            here = self.pieces if not rows.ndim or length == entry.shape[0] else of_rows(self.pieces, start, length)
+            weight = rows.to(self.device) if old is None else rows.to(self.device, torch.float32) * old
+            start += length
+            if self.swap:
+                yield swap_halves(merged(swap_halves(weight), here, dtype))
+            else:
+                yield merged(weight, here, dtype)
 
 
 def _rounded(entry: Entry, part: str, dtype: torch.dtype | None) -> torch.dtype:
@@ -152,14 +201,21 @@ def _rounded(entry: Entry, part: str, dtype: torch.dtype | None) -> torch.dtype:
     return entry.dtype if dtype is None or not part or entry.dtype not in FLOATS or small else dtype
 
 
-def _require_plain(header: Header, name: str) -> None:
-    """Raises AdapterError for a weight whose numbers are not the weight's values."""
+def _scale(header: Header, name: str, dtype: torch.dtype | None) -> str | None:
+    """The scale that a weight has beside it, if any. Raises AdapterError for a weight that is stored in another way."""
     entry, module = header.entries[name], name.removesuffix("weight")
-    scale = next((each for each in _SCALES if module + each in header.entries), None)
-    if entry.dtype not in FLOATS or scale:
-        how = f"{entry.dtype} with {scale}" if scale else f"{entry.dtype}"
-        what = f"is stored as {how}, which is not changed here"
-        raise AdapterError(f"{what}.", module=name, remedy="Use the checkpoint in bf16 or fp16, or mode live.")
+    beside = [each for each in _SCALES if module + each in header.entries and name.endswith("weight")]
+    scales = [module + each for each in beside if each in _SCALE]
+    fp8 = entry.dtype in FLOATS and entry.dtype.itemsize == 1
+    if entry.dtype in FLOATS and not beside:
+        return None
+    if fp8 and dtype is None and len(scales) == 1 and set(beside) <= {*_SCALE, "comfy_quant"}:
+        there = header.entries[scales[0]]
+        if there.dtype == torch.float32 and math.prod(there.shape) == 1:
+            return scales[0]
+    how = " with ".join([str(entry.dtype), *beside])
+    remedy = "Use the checkpoint in bf16 or fp16, or mode live."
+    raise AdapterError(f"is stored as {how}, which cannot be changed so.", module=name, remedy=remedy)
 
 
 def _splits(pieces: Sequence[Piece], entry: Entry) -> bool:
@@ -171,28 +227,6 @@ def _splits(pieces: Sequence[Piece], entry: Entry) -> bool:
     except AdapterError:
         return False
     return not any(piece.adapter.ALGEBRA == "LoKr" for piece in pieces)
-
-
-def _rows(
-    header: Header, name: str, pieces: Sequence[Piece], dtype: torch.dtype, device: torch.device
-) -> Iterator[Tensor]:
-    start = 0
-    entry = header.entries[name]
-    for rows in read_rows(header, name, ROWS * entry.dtype.itemsize // 4):
-        length = len(rows) if rows.ndim else 1
-        here = pieces if not rows.ndim or length == entry.shape[0] else of_rows(pieces, start, length)
-        yield merged(rows.to(device), here, dtype)
-        start += length
-
-
-def _whole(header: Header, name: str, change: Callable[[Tensor], Tensor], device: torch.device) -> Iterator[Tensor]:
-    [weight] = read_rows(header, name, 1 << 62)
-    yield change(weight.to(device))
-
-
-def _swapped(weight: Tensor, pieces: Sequence[Piece], dtype: torch.dtype) -> Tensor:
-    """Pieces on a weight that is stored with its halves exchanged."""
-    return swap_halves(merged(swap_halves(weight), pieces, dtype))
 
 
 def _joined(checkpoint: Checkpoint, content: Content) -> tuple[dict[str, Lazy], dict[str, str]]:

@@ -32,7 +32,7 @@ ORPHAN_AGE = 86_400.0  # seconds after which a temporary file of a killed writer
 TEMPORARY = ".lora_ops_tmp"
 CHUNK = 16 * MIB  # bytes at a time, from one call of progress to the next
 AHEAD = 2  # chunks that are being written and hashed while the next one is made
-UNSYNCED = 256 * MIB  # bytes that may wait for the disk
+UNSYNCED = 128 * MIB  # bytes that may wait for the disk
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,6 +35,9 @@ ADAPTERS = {
 FLUX = {f"model.diffusion_model.{key}": s for key, s in flux.flux1_shapes(hidden=8, double=1, single=1).items()}
 
 
+ONE = torch.ones(())
+
+
 def rand(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -170,7 +173,13 @@ def test_a_result_that_the_dtype_cannot_hold_is_refused_by_name(dtype, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "beside", [{"a.weight_scale": torch.ones(())}, {"a.comfy_quant": torch.ones(3).to(torch.uint8)}, {}]
+    "beside",
+    [
+        {"a.weight_scale": torch.ones(4)},
+        {"a.comfy_quant": torch.ones(3).to(torch.uint8)},
+        {"a.weight_scale_2": ONE},
+        {},
+    ],
 )
 def test_weights_that_are_stored_as_something_else_are_refused_by_name(beside, tmp_path):
     weight = torch.ones(4, 4).to(torch.float8_e4m3fn if beside else torch.int8)
@@ -181,6 +190,30 @@ def test_weights_that_are_stored_as_something_else_are_refused_by_name(beside, t
     with pytest.raises(AdapterError, match="is stored as") as caught:
         checkpoints.merge(base, landing, tmp_path / "out")
     assert "a." in (caught.value.module or "") and caught.value.file == str(tmp_path / "base")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("name", ["weight_scale", "scale_weight"])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_with_a_scale_is_changed_at_its_true_size_and_scaled_anew(dtype, name, shape, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "ROWS", 4 * 8 * 3)
+    key, limit = "model.diffusion_model.a", torch.finfo(dtype).max
+    weight, scale = rand(12, 8).to(dtype), torch.full(shape, 0.02)
+    other = {f"{key[:-1]}b.weight": weight, f"{key[:-1]}b.{name}": scale}
+    write(tmp_path / "base", {f"{key}.weight": weight, f"{key}.{name}": scale, **other}, overwrite=True)
+    lora = LowRank(rand(12, 2) / 10, rand(2, 8) / 10)
+    base = checkpoints.opened(tmp_path / "base")
+    checkpoints.merge(base, land([both(Lora("x", {"diffusion_model.a": lora}))], base.targets), tmp_path / "out")
+    stored = safetensors.torch.load_file(tmp_path / "out")
+    exact = weight.double() * 0.02 + lora.delta((12, 8), torch.float64)
+    torch.testing.assert_close(stored[f"{key}.{name}"].double(), (exact.abs().max() / limit).expand(shape))
+    found = stored[f"{key}.weight"].double() * stored[f"{key}.{name}"].double()
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps * stored[f"{key}.{name}"].item()
+    assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + least).all()
+    assert stored[f"{key}.weight"].dtype == dtype and stored[f"{key}.{name}"].shape == shape
+    assert same({name: stored[name] for name in other}, other)
+    with pytest.raises(AdapterError):
+        checkpoints.merge(base, land([], base.targets), tmp_path / "other", dtype=torch.bfloat16)
 
 
 # Shards and folders
@@ -268,8 +301,7 @@ def names_of(targets) -> str:
     return "unet" if targets.family.startswith("sd1") else "transformer"
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
-@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+@pytest.mark.parametrize(("family", "dialect"), [("sd15", "kohya"), ("flux", "kohya"), ("flux", "diffusers")])
 def test_a_folder_of_diffusers_gets_the_same_update_as_one_file(family, dialect, folder, tmp_path):
     if family == "sd15":
         tensors = {k: v for k, v in samples.small_checkpoint().items() if "text_projection" not in k}
