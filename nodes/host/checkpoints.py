@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ...lora_ops.errors import FileError, TargetError
 from ...lora_ops.files import Header, read_header
+from . import ledger
 from .baking import Weight, weights
 from .renaming import Placeholder, Rule
 
@@ -99,11 +100,10 @@ class Source:
 
 
 def _paths(patcher: Any) -> list[str]:
-    """The files in the recipe by which the host would load a patcher again; a recipe may begin with another one."""
-    recipe = getattr(patcher, "cached_patcher_init", None)
-    while isinstance(recipe, tuple) and len(recipe) > 1 and callable(recipe[0]) and recipe[1]:
-        recipe = recipe[1][0]
-    paths = [recipe] if isinstance(recipe, str) else recipe
+    """The files from which the host loaded a patcher, or the one that was merged into it."""
+    how = patcher.get_attachment(ledger.SOURCE) or getattr(patcher, "cached_patcher_init", None)
+    files = how[1][0] if how and how[1] else None
+    paths = [files] if isinstance(files, str) else files
     return list(paths) if isinstance(paths, list | tuple) and all(isinstance(path, str) for path in paths) else []
 
 

@@ -12,7 +12,7 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from . import ledger, live
 from .patching import LandedPatch
 
-OURS = (ledger.KEY, live.KEY)
+OURS = (ledger.KEY, ledger.SOURCE, live.KEY)
 
 
 class Patch(NamedTuple):

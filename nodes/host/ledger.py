@@ -16,6 +16,7 @@ from ...lora_ops.stack import Schedule
 from . import caches
 
 KEY = "lora_ops_ledger"
+SOURCE = "lora_ops_source"  # on a merged model: how the host loaded the one before, cached_patcher_init
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,8 @@ def _merged(work: Work, progress: Progress) -> tuple[Any, dict[str, Survival]]:
     result.clone_base_uuid = uuid4()
     take_off(result, {record.row for record in ledger.records(patcher)})
     ledger.write(result, [replace(record, how="merged", bytes=0) for record in work.records])
+    if result.get_attachment(ledger.SOURCE) is None:
+        result.set_attachments(ledger.SOURCE, patcher.cached_patcher_init)
     result.cached_patcher_init = (rebuilt, (Base.of(result), result.load_device))
     return result, survival
 

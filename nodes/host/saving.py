@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class _Plan:
     tensors: Mapping[str, Tensor | Lazy]
     kept: Mapping[str, frozenset[str]]  # part -> its weights that are in the file
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 

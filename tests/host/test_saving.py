@@ -31,10 +31,10 @@ def save(ours, output):
     saving, checkpoints = ours("nodes.host.saving"), ours("nodes.host.checkpoints")
     destinations = ours("nodes.host.destinations")
 
-    def put(layout, dtype=None, *, prefix="saved", if_exists="number", progress=lambda done, total: None, **things):
+    def put(layout, dtype=None, *, prefix="saved", if_exists="number", graph=None, progress=lambda *_: None, **things):
         parts = {name: checkpoints.Part(name, thing, dtype) for name, thing in things.items() if thing is not None}
         to = destinations.destination("output", checkpoints.FOLDERS[layout], prefix, {})
-        return saving.save(layout, parts, to, if_exists, {}, progress)
+        return saving.save(layout, parts, to, if_exists, graph or {}, progress)
 
     return put
 
@@ -51,23 +51,24 @@ def load_checkpoint(path, *, clip=True, vae=True):
     return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=vae, output_clip=clip)[:3]
 
 
-def stacked(ours, model, clip, tensors, strength=0.7, mode="patch"):
-    files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")
-    landing, patching = ours("lora_ops.landing"), ours("nodes.host.patching")
-    entry = stack.Entry(lora.from_file(files.TensorFile("ink", tensors)), {"model": strength, "clip": strength})
-    return patching.applied(landing.land([entry], patching.targets(model, clip)), mode, model, clip)
-
-
 @pytest.fixture
-def patched(ours, checkpoint):
-    """MODEL and CLIP of the checkpoint with a LoRA on both."""
-    made, patching = ours("lora_ops.samples"), ours("nodes.host.patching")
-    model, clip, _ = checkpoint
-    tensors = made.tensors(made.SAMPLES[0], patching.targets(model, clip))
+def landing(ours, checkpoint):
+    """A LoRA on MODEL and CLIP of the checkpoint."""
+    made, patching, files = ours("lora_ops.samples"), ours("nodes.host.patching"), ours("lora_ops.files")
+    lora, stack, landing = ours("lora_ops.lora"), ours("lora_ops.stack"), ours("lora_ops.landing")
+    targets = patching.targets(*checkpoint[:2])
+    tensors = made.tensors(made.SAMPLES[0], targets)
     generator = torch.Generator().manual_seed(1)
     noise = {key: torch.randn(each.shape, generator=generator) * 0.02 for key, each in tensors.items()}
     tensors = {key: each if key.endswith(".alpha") else each + noise[key] for key, each in tensors.items()}
-    return stacked(ours, model, clip, tensors)
+    entry = stack.Entry(lora.from_file(files.TensorFile("ink", tensors)), {"model": 0.7, "clip": 0.7})
+    return landing.land([entry], targets)
+
+
+@pytest.fixture
+def patched(ours, checkpoint, landing):
+    """MODEL and CLIP with that LoRA."""
+    return ours("nodes.host.patching").applied(landing, "patch", *checkpoint[:2])
 
 
 def live(patcher):
@@ -109,14 +110,13 @@ def reloaded(family, path):
     return fresh
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_model_is_saved_to_the_bit_in_its_own_dtype(dtype, save, samples, apply, pack):
-    for family in ("sdxl", "flux"):
-        model = inside.model(family, dtype)
-        changed = apply(model, (samples(model, 0, seed=1), 0.7))
-        ((saved),) = save("diffusion model", model=changed)
-        assert saved.verified.equal == saved.verified.weights
-        assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
+@pytest.mark.parametrize(("family", "dtype"), [("sdxl", torch.float16), ("flux", torch.bfloat16)])
+def test_a_half_precision_model_is_saved_to_the_bit_in_its_own_dtype(family, dtype, save, samples, apply, pack):
+    model = inside.model(family, dtype)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights
+    assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
 
 
 def test_a_full_checkpoint_keeps_its_files_dtypes_and_reopens_within_one_rounding(save, checkpoint, patched):
@@ -238,6 +238,29 @@ def test_metadata_and_flags_of_the_source_are_kept(ours, save, tmp_path, pack):
     assert header.metadata["author"] == "A. Nonymous" and header.metadata["modelspec.predict_key"] == "v"
     assert header.metadata["lora_ops.recipe"] == first.text
     assert not {"sshs_model_hash", "workflow"} & header.metadata.keys()
+
+
+def test_a_merged_model_is_saved_as_the_patched_one_would_be(ours, save, checkpoint, landing, patched):
+    """Its weights are in memory as float32; the file that it came from says fp16, and the recipe what is in it."""
+    merging, recipe, files = ours("nodes.host.merging"), ours("lora_ops.recipe"), ours("lora_ops.files")
+    merged = merging.merged(landing, *checkpoint[:2])
+    ((one),) = save("diffusion model", model=patched.model)
+    ((other),) = save("diffusion model", model=merged.model)
+    assert tensors_of(one.path) == tensors_of(other.path) and not other.notes
+    told = [files.read_header(each.path).metadata["lora_ops.recipe"] for each in (one, other)]
+    assert told[0] == told[1] and recipe.Recipe.parse(told[0]).loras
+
+
+def test_the_graph_is_in_the_file_unless_metadata_is_disabled(ours, save, monkeypatch, pack):
+    from comfy.cli_args import args
+
+    saving, files = ours("nodes.host.saving"), ours("lora_ops.files")
+    prompt, extra = {"1": {"class_type": "X"}}, {"workflow": {"nodes": []}}
+    ((saved),) = save("diffusion model", model=inside.model("flux"), graph=saving.workflow(prompt, extra))
+    told = files.read_header(saved.path).metadata
+    assert (told["prompt"], told["workflow"]) == ('{"1": {"class_type": "X"}}', '{"nodes": []}')
+    monkeypatch.setattr(args, "disable_metadata", True)
+    assert saving.workflow(prompt, extra) == {}
 
 
 def test_a_weight_that_is_not_the_live_one_is_found_and_nothing_is_named(ours, save, samples, apply, output):
