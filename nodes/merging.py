@@ -88,7 +88,7 @@ class LoraOpsMerge(io.ComfyNode):
         landing = land(entries, patching.targets(model, clip))
         require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
-        model, clip, weights, survival = merging.merged(landing, model, clip)
+        model, clip, weights, survival = merging.merged(landing, model, clip, cls.hidden.unique_id)
         parts = sorted({part for part, _ in landing.pieces} | {record.part for record in before})
         how = dict.fromkeys(parts, "merged")
         found = receipt(landing, seconds, how, survival, predicted=False, weights=weights)

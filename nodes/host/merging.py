@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -22,36 +20,11 @@ from ...lora_ops.survival import Survival
 from . import ledger, live, storing
 from .inspecting import OURS, Patch
 from .patching import LandedPatch, take_off
+from .progress import Progress
 from .tree import Base
 
 MAGNITUDE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}  # where in the weights of core's adapters DoRA's stands
 COPIES = 6  # in float32 of a weight that are on the device while it is merged, at most
-TICK = 0.2  # seconds between two messages of progress
-
-
-@dataclass
-class Progress:
-    """Tells how far a long work is, in the node and in the terminal, and lets the user cancel it."""
-
-    what: str
-    total: int  # bytes
-    done: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self._bar = comfy.utils.ProgressBar(max(1, self.total))
-        self._told = self.started
-
-    def add(self, count: int) -> None:
-        """Raises the host's InterruptProcessingException if the user has cancelled."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.done += count
-        now = time.monotonic()
-        if now - self._told > TICK or self.done == self.total:
-            self._told = now
-            self._bar.update_absolute(self.done, self.total)
-            left = (now - self.started) * (self.total - self.done) / max(1, self.done)
-            logging.info("%s: %.0f of %.0f MB, %.0f s left", self.what, self.done / 1e6, self.total / 1e6, left)
 
 
 class Work(NamedTuple):
@@ -78,11 +51,11 @@ class Merged(NamedTuple):
     survival: Mapping[str, Survival]
 
 
-def merged(landing: Landing, model: Any, clip: Any) -> Merged:
+def merged(landing: Landing, model: Any, clip: Any, node: str | None = None) -> Merged:
     """MODEL and CLIP with all LoRAs of ours in their weights: those on them already, then those of a landing.
 
-    The inputs stay as they are. Raises StackError for a schedule, TargetError where another node's patch or hook
-    stands in the way.
+    The inputs stay as they are; node is the id of the one that shows how far it is. Raises StackError for a schedule,
+    TargetError where another node's patch or hook stands in the way.
     """
     rows = ledger.rows_of(landing)
     works = [
@@ -90,7 +63,7 @@ def merged(landing: Landing, model: Any, clip: Any) -> Merged:
         for part, patcher in (("model", model), ("clip", None if clip is None else clip.patcher))
         if patcher is not None
     ]
-    progress = Progress("merging LoRAs", sum(work.bytes for work in works))
+    progress = Progress("Merging LoRAs", sum(work.bytes for work in works), node)
     survival: dict[str, Survival] = {}
     for work in works:
         if not work.pieces:
