@@ -12,6 +12,7 @@ from ..lora_ops.stack import Entry, finite
 from .host import caches, ledger, merging, names, patching
 from .host.api import io
 from .host.graph import require_inputs
+from .host.progress import Meter
 from .sockets import lora_of, rows_of
 from .widgets import STRAIGHT, STRENGTH, LoraModelType, LoraStackType, min_coverage, told
 
@@ -88,7 +89,8 @@ class LoraOpsMerge(io.ComfyNode):
         landing = land(entries, patching.targets(model, clip))
         require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
-        model, clip, weights, survival = merging.merged(landing, model, clip)
+        with Meter(cls.hidden.unique_id, "Merging LoRAs") as progress:
+            model, clip, weights, survival = merging.merged(landing, model, clip, progress)
         parts = sorted({part for part, _ in landing.pieces} | {record.part for record in before})
         how = dict.fromkeys(parts, "merged")
         found = receipt(landing, seconds, how, survival, predicted=False, weights=weights)

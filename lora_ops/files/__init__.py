@@ -14,7 +14,7 @@ from .reading import (
     stated_hash,
     tensor_hash,
 )
-from .writing import Lazy, Progress, write, write_numbered
+from .writing import Lazy, Progress, meter, write, write_numbered
 
 __all__ = [
     "LORA_HEADER",
@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "TensorFile",
     "identity",
+    "meter",
     "read",
     "read_header",
     "read_rows",

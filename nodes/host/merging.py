@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 from uuid import uuid4
 
@@ -17,6 +15,7 @@ from torch import nn
 
 from ...lora_ops.adapters import Additive
 from ...lora_ops.errors import StackError, TargetError, shown
+from ...lora_ops.files import Progress, meter
 from ...lora_ops.landing import Landing, Piece
 from ...lora_ops.survival import Survival
 from . import ledger, live, storing
@@ -26,32 +25,6 @@ from .tree import Base
 
 MAGNITUDE = {LoRAAdapter: 4, LoHaAdapter: 7, LoKrAdapter: 8}  # where in the weights of core's adapters DoRA's stands
 COPIES = 6  # in float32 of a weight that are on the device while it is merged, at most
-TICK = 0.2  # seconds between two messages of progress
-
-
-@dataclass
-class Progress:
-    """Tells how far a long work is, in the node and in the terminal, and lets the user cancel it."""
-
-    what: str
-    total: int  # bytes
-    done: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self._bar = comfy.utils.ProgressBar(max(1, self.total))
-        self._told = self.started
-
-    def add(self, count: int) -> None:
-        """Raises the host's InterruptProcessingException if the user has cancelled."""
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self.done += count
-        now = time.monotonic()
-        if now - self._told > TICK or self.done == self.total:
-            self._told = now
-            self._bar.update_absolute(self.done, self.total)
-            left = (now - self.started) * (self.total - self.done) / max(1, self.done)
-            logging.info("%s: %.0f of %.0f MB, %.0f s left", self.what, self.done / 1e6, self.total / 1e6, left)
 
 
 class Work(NamedTuple):
@@ -78,11 +51,11 @@ class Merged(NamedTuple):
     survival: Mapping[str, Survival]
 
 
-def merged(landing: Landing, model: Any, clip: Any) -> Merged:
+def merged(landing: Landing, model: Any, clip: Any, progress: Progress | None = None) -> Merged:
     """MODEL and CLIP with all LoRAs of ours in their weights: those on them already, then those of a landing.
 
-    The inputs stay as they are. Raises StackError for a schedule, TargetError where another node's patch or hook
-    stands in the way.
+    The inputs stay as they are; progress hears the bytes of weights. Raises StackError for a schedule, TargetError
+    where another node's patch or hook stands in the way.
     """
     rows = ledger.rows_of(landing)
     works = [
@@ -90,12 +63,12 @@ def merged(landing: Landing, model: Any, clip: Any) -> Merged:
         for part, patcher in (("model", model), ("clip", None if clip is None else clip.patcher))
         if patcher is not None
     ]
-    progress = Progress("merging LoRAs", sum(work.bytes for work in works))
+    more = meter(sum(work.bytes for work in works), progress)
     survival: dict[str, Survival] = {}
     for work in works:
         if not work.pieces:
             continue
-        patcher, found = _merged(work, progress)
+        patcher, found = _merged(work, more)
         survival |= found
         if work.part == "model":
             model = patcher
@@ -154,7 +127,7 @@ def _adds(patch: Patch) -> bool:
     return isinstance(value, tuple) and (len(value) == 1 or (value[0] == "diff" and len(value[1]) == 1))
 
 
-def _merged(work: Work, progress: Progress) -> tuple[Any, dict[str, Survival]]:
+def _merged(work: Work, more: Callable[[int], None]) -> tuple[Any, dict[str, Survival]]:
     patcher, base = work.patcher, Base.of(work.patcher)
     _require_alone(patcher)
     comfy.model_management.unload_model_and_clones(patcher)  # its weights come back to where they are shared
@@ -169,7 +142,7 @@ def _merged(work: Work, progress: Progress) -> tuple[Any, dict[str, Survival]]:
         comfy.utils.set_attr_param(model, key, found.weight.to(patcher.offload_device))
         if found.survival is not None:
             survival[key] = found.survival
-        progress.add(weight.nbytes)
+        more(weight.nbytes)
     result = patcher.clone(model_override=(model, ({}, {}, {}, set())))
     result.parent = None  # it would keep the unmerged weights
     result.hook_backup, result.cached_hook_patches, result.current_hooks = {}, {}, None

@@ -183,6 +183,23 @@ def test_the_hosts_quantised_weights_are_merged_by_its_own_scale_rules(pack, sam
     assert 0 < survival.cosine < 0.999
 
 
+def test_hooks_that_the_host_does_not_know_of_stay_on_the_input(models, samples, merge, apply, ours):
+    model = models["flux"]
+    one, two = samples(model, 0, seed=1), samples(model, 0, seed=2)
+    wanted = run(apply(model, (one, 0.5), mode="patch"))
+    loud = apply(model, (two, 0.5), mode="live")
+    run(model)
+    loud.inject_model()
+    result = merge(model, (one, 0.5)).model
+    loud.eject_model()
+    assert torch.equal(run(result), wanted)
+    module = model.model.diffusion_model.img_in
+    module.forward = lambda x: x
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="img_in': runs another node's .*<lambda>"):
+        merge(model, (one, 0.5))
+    del module.forward
+
+
 def test_fifty_cycles_leave_the_base_bit_identical_and_dropped_models_free_their_memory(models, samples, merge, apply):
     model = models["flux"]
     plain, before = run(model), footprint(model)
