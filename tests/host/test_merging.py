@@ -26,7 +26,8 @@ def merge(ours, monkeypatch):
             stack.Entry(lora.from_file(files.TensorFile("test", tensors)), {"model": strength, "clip": strength})
             for tensors, strength in loras
         ]
-        return merging.merged(landing.land(entries, patching.targets(model, None)), model, None)
+        with ours("nodes.host.progress").Meter(None, "Merging LoRAs") as progress:
+            return merging.merged(landing.land(entries, patching.targets(model, None)), model, None, progress)
 
     return put
 
