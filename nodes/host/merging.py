@@ -150,7 +150,7 @@ def _merged(work: Work, more: Callable[[int], None]) -> tuple[Any, dict[str, Sur
     result.clone_base_uuid = uuid4()
     take_off(result, {record.row for record in ledger.records(patcher)})
     ledger.write(result, [replace(record, how="merged", bytes=0) for record in work.records])
-    if result.get_attachment(ledger.SOURCE) is None:
+    if patcher.cached_patcher_init and result.get_attachment(ledger.SOURCE) is None:
         result.set_attachments(ledger.SOURCE, patcher.cached_patcher_init)
     result.cached_patcher_init = (rebuilt, (Base.of(result), result.load_device))
     return result, survival
