@@ -9,7 +9,7 @@ import sys
 from harness import comfy
 from harness.comfy import PACK
 
-BENCHES = ("apply", "train")
+BENCHES = ("apply", "merge", "train")
 
 
 def main(arguments: list[str]) -> int:

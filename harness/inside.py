@@ -13,31 +13,36 @@ from harness.comfy import PACK
 from harness.configs import PUBLISHED, VARIANTS
 from harness.server import MOUNT
 
+_FLUX = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64}
+_FLUX2 = _FLUX | {"depth": 1, "depth_single_blocks": 1}
 SMALLER = {
     "sd15": {"model_channels": 32},
     "sdxl": {"model_channels": 32, "num_heads": 8, "num_head_channels": -1},
-    "flux": {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64},
-}
-FAMILIES = tuple(SMALLER)
-_FLUX2 = {"hidden_size": 128, "num_heads": 1, "depth": 1, "depth_single_blocks": 1, "context_in_dim": 64}
-OTHERS = {  # families of which only some tests have a model
-    "sd2": {"model_channels": 32, "num_head_channels": 8},
+    "flux": _FLUX,
     "sd35_medium": {
         "depth": 2,
-        "adm_in_channels": 64,
-        "num_patches": 1024,
-        "pos_embed_max_size": 32,
         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
+        "adm_in_channels": 32,
+        "num_patches": 64,
+        "pos_embed_max_size": 8,
         "x_block_self_attn_layers": [0],
+    },
+    "wan": {"dim": 128, "num_heads": 1, "ffn_dim": 256, "num_layers": 1},
+    "z_image": {
+        "dim": 240,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "axes_dims": [40, 40, 40],
+        "n_layers": 1,
+        "cap_feat_dim": 64,
     },
     "flux2": _FLUX2,
     "flux2_klein": _FLUX2,
-    "chroma": SMALLER["flux"] | {"depth": 1, "depth_single_blocks": 1, "out_dim": 128, "hidden_dim": 64, "n_layers": 1},
+    "chroma": _FLUX2 | {"out_dim": 128, "hidden_dim": 64, "n_layers": 1},
     "cascade_c": {"c_hidden": [64, 64], "nhead": [1, 1], "blocks": [[1, 1], [1, 1]], "c_cond": 64},
     "wan_t2v": {"dim": 128, "num_heads": 1, "ffn_dim": 128, "num_layers": 1, "text_dim": 32},
     "qwen_image": {"num_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64},
     "lumina2": {"dim": 96, "n_heads": 1, "n_kv_heads": 1, "n_layers": 1, "cap_feat_dim": 64},
-    "z_image": {"dim": 256, "n_heads": 2, "n_kv_heads": 2, "n_layers": 1, "cap_feat_dim": 64},
     "kandinsky5": {
         "model_dim": 64,
         "time_dim": 32,
@@ -47,6 +52,7 @@ OTHERS = {  # families of which only some tests have a model
         "axes_dims": (16, 24, 24),
     },
 }
+FAMILIES = ("sd15", "sdxl", "flux")  # those that tests run over unless they say otherwise
 CPU = torch.device("cpu")
 
 
@@ -75,7 +81,7 @@ def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = Tr
     import comfy.supported_models
 
     name, config = (PUBLISHED | VARIANTS)[family]
-    made = getattr(comfy.supported_models, name)(config | ((SMALLER | OTHERS)[family] if smaller else {}) | changes)
+    made = getattr(comfy.supported_models, name)(config | (SMALLER[family] if smaller else {}) | changes)
     made.set_inference_dtype(dtype, None if dtype.itemsize > 1 else torch.float32)  # fp8 is stored, not computed in
     inner = made.get_model({}, "", device=CPU)
     generator = torch.Generator().manual_seed(0)

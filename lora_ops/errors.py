@@ -7,14 +7,14 @@ from os import PathLike
 SHOWN = 120  # characters of a foreign name that a message shows
 
 
-def shown(name: object) -> str:
-    """A name from a file, safe to print: unprintable characters escaped, cut to SHOWN characters.
+def shown(name: object, limit: int = SHOWN) -> str:
+    """A name from a file, safe to print: unprintable characters escaped, cut to so many characters.
 
     Names in files are written by strangers: a newline, an escape code or a bidi mark in one would forge
     log lines.
     """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name)[: 2 * SHOWN])
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name)[: 2 * limit])
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 class LoraOpsError(Exception):

@@ -18,6 +18,8 @@ from .lora import BIAS, Band, Lora, Named, Refusal, Target, TargetMap
 from .select import Choice, choose
 from .stack import PARTS, Entry
 
+OTHER_MODEL = "Use it with the model it was made for."
+
 
 @dataclass(frozen=True, eq=False)
 class Piece:
@@ -132,20 +134,24 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
     unconnected: dict[str, list[str]] = {}
     taken: dict[tuple[str, str], list[tuple[Band, str]]] = {}
     elsewhere = _Elsewhere(targets)
-    readable = ((module, adapter, "") for module, adapter in entry.lora.modules.items())
-    unreadable = ((module, None, reason) for module, reason in entry.lora.leftover)
-    for module, adapter, reason in (*readable, *unreadable):
+    readable = ((module, adapter, ("", OTHER_MODEL)) for module, adapter in entry.lora.modules.items())
+    unreadable = ((module, None, unread) for module, *unread in entry.lora.leftover)
+    for module, adapter, (reason, remedy) in (*readable, *unreadable):
         named = meant(module, adapter, targets)
         if named is not None:
             part = named.target.part
             there = taken.setdefault((part, named.target.key), [])
             if adapter is not None:
-                reason = _misfit(adapter, named.target) or _collision(named.target.rows, there)
+                reason = _misfit(adapter, named.target)
+                if not reason and (reason := _collision(named.target.rows, there)):
+                    remedy = "Get another version of the file."
             if not reason:
                 there.append((named.target.rows, module))
                 landed[module] = named
                 continue
         elif module.endswith(BIAS) and (weights := targets.meanings(module.removesuffix(BIAS))):
+            if adapter is not None and adapter.with_bias:
+                continue  # it is there with its weight
             part = weights[0].target.part
             reason = reason or "this module has no bias"
         else:
@@ -155,7 +161,7 @@ def _land_row(entry: Entry, targets: TargetMap) -> RowLanding:
                 continue
             unknown = "could be several places of this model" if targets.meanings(module) else "name not known"
             reason = reason or ("no such weight in this model" if part else unknown)
-        refused.append(Refusal(module, reason))
+        refused.append(Refusal(module, reason, remedy))
         if part is not None:
             refused_parts[part] += 1
     silent = {part: tuple(modules) for part, modules in unconnected.items()}
@@ -254,11 +260,30 @@ def _not_covered(row: RowLanding, landing: Landing, minimum: float) -> TargetErr
     return TargetError(what, file=lora.name, remedy=remedy, guess=likely and likely.family, **facts)
 
 
-def merged(weight: Tensor, pieces: Sequence[Piece]) -> Tensor:
-    """The weight with all pieces, in float32, rounded once to the weight's dtype. The weight itself is not changed."""
-    total = weight.to(torch.float32, copy=True)
+def merged(weight: Tensor, pieces: Sequence[Piece], dtype: torch.dtype | None = None) -> Tensor:
+    """The weight with all pieces, in float32 at least, rounded once to dtype (None: the weight's own). The weight
+    itself is not changed."""
+    total = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32, copy=True)
     add_(total, pieces)
-    return total.to(weight.dtype)
+    return total.to(dtype or weight.dtype)
+
+
+def of_rows(pieces: Iterable[Piece], start: int, length: int) -> tuple[Piece, ...]:
+    """What pieces of a weight do to these rows of it, for the rows alone.
+
+    Raises AdapterError for a piece that is to be cut and cannot be.
+    """
+    found = []
+    for piece in pieces:
+        rows = piece.band or Band(start, length)  # a piece without a band is of all rows
+        low, high = max(rows.start, start), min(rows.end, start + length)
+        if low < high:
+            whole = piece.band is not None and (low, high) == (rows.start, rows.end)
+            first = low - piece.band.start if piece.band else start
+            adapter = piece.adapter if whole else piece.adapter.narrowed(first, high - low)
+            band = None if high - low == length else Band(low - start, high - low)
+            found.append(replace(piece, adapter=adapter, band=band))
+    return tuple(found)
 
 
 def add_(weight: Tensor, pieces: Iterable[Piece], strength: float = 1.0) -> None:

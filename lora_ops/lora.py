@@ -100,10 +100,11 @@ _PEFT_FILE = "adapter_model.safetensors"
 
 
 class Refusal(NamedTuple):
-    """A module (or a key that names none) that does not land, and why."""
+    """A module (or a key that names none) that does not land, why, and what to do about it."""
 
     module: str
     reason: str
+    remedy: str = "Get another version of the file."
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +253,8 @@ def from_file(file: TensorFile) -> Lora:
         if not factor and f"{key.removesuffix('.weight')}.on_input" in file.tensors:
             module, factor = key.removesuffix(".weight"), "ia3_weight"  # elsewhere a checkpoint's own
         if not factor:
-            leftover.append(Refusal(key, _stranger(key) or "no known factor name"))
+            reason = _stranger(key) or "no known factor name"
+            leftover.append(Refusal(key, reason, "Leave it out: only the rest of the file is applied."))
         elif factor in spelled.setdefault(module, {}):
             twice[module] = f"has two tensors for {factor}: {spelled[module][factor][0]} and {key}"
         else:
@@ -274,8 +276,10 @@ def from_file(file: TensorFile) -> Lora:
                 tensors["alpha"] = torch.tensor(alpha.alpha, dtype=torch.float64)
                 declared[module] = alpha.source
             modules[module] = build(tensors)
+            if modules[module].with_bias:
+                modules.setdefault(module + BIAS, modules[module])
         except (AdapterError, ShapeError) as error:
-            leftover.append(Refusal(module, error.what))
+            leftover.append(Refusal(module, *filter(None, (error.what, error.remedy))))
     return Lora(file.source, modules, file.metadata, tuple(leftover), declared)
 
 

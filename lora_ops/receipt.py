@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 from .adapters import Full
@@ -12,9 +13,11 @@ from .errors import shown
 from .families import FAMILIES
 from .landing import Landing, RowLanding
 from .lora import Lora, Refusal
+from .survival import Survival
 
 VERSION = 1
 FIRST = 5  # names listed per reason
+REASON = 500  # characters shown of one: with the shapes that were found and expected
 TITLES = {family.name: family.title for family in FAMILIES}
 MARKS = {True: "✓", False: "!"}
 
@@ -27,12 +30,23 @@ class Receipt:
     text: str
 
 
-def receipt(landing: Landing, seconds: float, how: Mapping[str, str] | None = None) -> Receipt:
-    """The receipt of a landing that took so many seconds, and of how each part was changed (patched or live, and why).
+def receipt(
+    landing: Landing,
+    seconds: float,
+    how: Mapping[str, str] | None = None,
+    survival: Mapping[str, Survival] | None = None,
+    *,
+    predicted: bool = True,
+    weights: int | None = None,
+) -> Receipt:
+    """The receipt of a landing that took so many seconds, of how each part was changed (patched or live, and why), and
+    of how much of the update survives in the weights that are stored too coarsely for all of it.
 
-    The host patches weights later, when it samples.
+    The host patches weights later, when it samples: their survival is predicted then, from a few of them.
+    weights is how many were changed, where that is more than the landing's.
     """
     how = how or {}
+    weights = len(landing.pieces) if weights is None else weights
     rows = [_row(row, landing) for row in landing.rows]
     data = {
         "version": VERSION,
@@ -40,12 +54,40 @@ def receipt(landing: Landing, seconds: float, how: Mapping[str, str] | None = No
         "connected": sorted(landing.parts),
         "mode": dict(how),
         "rows": rows,
-        "weights": len(landing.pieces),
+        "weights": weights,
         "landing_seconds": round(seconds, 4),
+        "survival": _survival(survival, predicted) if survival else None,
     }
-    head = f"{TITLES.get(landing.family, 'unknown family')}: {len(landing.pieces)} weights changed"
+    head = f"{TITLES.get(landing.family, 'unknown family')}: {weights} weights changed"
     head += "".join(f"\n{part}: {told}" for part, told in sorted(how.items()) if told != "patch")
-    return Receipt(data, "\n".join([head, *(line for row in rows for line in _lines(row))]))
+    lines = [*(line for row in rows for line in _lines(row)), *_survives(data["survival"])]
+    return Receipt(data, "\n".join([head, *lines]))
+
+
+def _survival(found: Mapping[str, Survival], predicted: bool) -> dict[str, Any]:
+    whole = reduce(Survival.and_of, found.values())
+    worst = sorted(found, key=lambda key: found[key].cosine)[:FIRST]
+    return {
+        "predicted": predicted,
+        "layers": len(found),
+        "cosine": round(whole.cosine, 4),
+        "norm": round(whole.norm, 4),
+        "little": whole.little,
+        "worst": [
+            {"weight": key, "cosine": round(found[key].cosine, 4), "norm": round(found[key].norm, 4)} for key in worst
+        ],
+    }
+
+
+def _survives(found: Mapping[str, Any] | None) -> Iterable[str]:
+    if found is None:
+        return
+    figures, worst = f"cosine {found['cosine']:.3f}, norm × {found['norm']:.2f}", found["worst"][0]
+    source = f"predicted from {found['layers']} layers" if found["predicted"] else f"measured, {found['layers']} layers"
+    yield f"{MARKS[not found['little']]} what survives of the update as the weights are stored: {figures} ({source})"
+    yield f"   worst: {shown(worst['weight'])}, cosine {worst['cosine']:.3f}"
+    if found["little"]:
+        yield "   Little does: the rounding is as large as the update. Use mode live, or a model in bf16."
 
 
 def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:
@@ -96,17 +138,18 @@ def figures(found: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def by_reason(refused: Iterable[Refusal]) -> list[dict[str, Any]]:
-    """Refusals grouped by reason, with the first names."""
-    groups: dict[str, list[str]] = {}
-    for module, reason in refused:
-        groups.setdefault(reason, []).append(module)
+    """Refusals grouped by reason, with the first names and what to do."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for module, *why in refused:
+        groups.setdefault((why[0], why[1]), []).append(module)
     return [
         {
-            "reason": shown(reason),
+            "reason": shown(reason, REASON),
+            "remedy": remedy,
             "count": len(modules),
             "first": [shown(module) for module in modules[:FIRST]],
         }
-        for reason, modules in sorted(groups.items(), key=lambda group: -len(group[1]))
+        for (reason, remedy), modules in sorted(groups.items(), key=lambda group: -len(group[1]))
     ]
 
 
@@ -130,7 +173,7 @@ def _energy_landed(row: RowLanding) -> float | None:
         return 1.0 if row.landed else None
     modules = row.entry.lora.modules
     landed = [modules[module].energy() for module in row.landed]
-    lost = [modules[module].energy() for module, _ in row.refused if module in modules]
+    lost = [modules[module].energy() for module, *_ in row.refused if module in modules]
     known = [energy for energy in (*landed, *lost) if energy is not None]
     if not sum(known) or len(known) < len(landed) + len(lost):
         return None
@@ -159,4 +202,4 @@ def _lines(row: Mapping[str, Any]) -> Iterable[str]:
     for part, count in row["unconnected"].items():
         yield f"   {count} modules for {part}, which is not connected"
     for group in row["refused"]:
-        yield f"   {group['count']} refused: {group['reason']} (first: {group['first'][0]})"
+        yield f"   {group['count']} refused: {group['reason']} (first: {group['first'][0]}). {group['remedy']}"

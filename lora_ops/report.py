@@ -58,7 +58,10 @@ def _lines(data: Mapping[str, Any]) -> list[str]:
         f"made for {family}; names: {data['dialect'] or 'no known dialect'}",
         f"{data['modules']} modules{f' ({parts})' if parts else ''}; {figures(data)}",
     ]
-    lines += [f"{group['count']} unread: {group['reason']} (first: {group['first'][0]})" for group in data["unread"]]
+    lines += [
+        f"{group['count']} unread: {group['reason']} (first: {group['first'][0]}). {group['remedy']}"
+        for group in data["unread"]
+    ]
     return lines
 
 

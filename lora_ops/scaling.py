@@ -42,7 +42,7 @@ def scaled(file: TensorFile, strength: float, selectors: Sequence[Selector], mod
     if strength == 1 and choice.neutral:
         return Scaled(file, choice.counts(places.values()))
     if lora.leftover:
-        module, reason = lora.leftover[0]
+        module, reason, _ = lora.leftover[0]
         what = f"{reason}: it cannot be scaled, one of {len(lora.leftover)} that cannot."
         raise AdapterError(what, file=file.source, module=module, remedy="Set strengths where the LoRA is applied.")
     lost = [module for module in lora.modules if selectors and module not in places]

@@ -70,6 +70,7 @@ class Entry:
     """A LoRA in a stack, its strength per model part, how that changes while the model samples, and in which blocks.
 
     asked is the name it was asked for, "" where that is its own; other_tensors if they are not those asked for.
+    sha256 is that of its file's tensors, "" where nobody has computed it.
     """
 
     lora: Lora
@@ -78,6 +79,7 @@ class Entry:
     blocks: tuple[Selector, ...] = ()
     asked: str = ""
     other_tensors: bool = False
+    sha256: str = ""
 
 
 def finite(value: object, what: str) -> float:

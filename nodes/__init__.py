@@ -5,12 +5,27 @@ appended; a changed meaning is a new node.
 """
 
 from .host.api import ComfyExtension
+from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
+from .merging import LoraOpsMerge
 from .patching import LoraOpsApply
+from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
 
-NODES = (LoraOpsLoad, LoraOpsApply, LoraOpsStack, LoraOpsTriggerWords, LoraOpsScale)
+NODES = (
+    LoraOpsLoad,
+    LoraOpsApply,
+    LoraOpsStack,
+    LoraOpsTriggerWords,
+    LoraOpsScale,
+    LoraOpsPatches,
+    LoraOpsUnload,
+    LoraOpsMerge,
+    LoraOpsSaveCheckpoint,
+    LoraOpsSaveLora,
+    LoraOpsMergeFiles,
+)
 
 
 def extension() -> ComfyExtension:

@@ -64,6 +64,6 @@ class LoraOpsApply(io.ComfyNode):
         landing = land([Entry(lora_of(lora), strengths)], patching.targets(model, clip))
         require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
-        model, clip, how = patching.applied(landing, mode, model, clip)
-        found = receipt(landing, seconds, how)
+        model, clip, how, survival = patching.applied(landing, mode, model, clip)
+        found = receipt(landing, seconds, how, survival)
         return io.NodeOutput(model, clip, json.dumps(found.data, ensure_ascii=False), ui=told(found.data, found.text))

@@ -9,14 +9,14 @@ from dataclasses import replace
 from ..lora_ops.errors import LoraOpsError
 from ..lora_ops.landing import land, require_coverage
 from ..lora_ops.receipt import receipt
-from ..lora_ops.select import parse_selectors
-from ..lora_ops.stack import Entry, finite, parse
+from ..lora_ops.stack import finite, parse
 from ..lora_ops.words import joined
-from .host import caches, names, patching
+from .host import names, patching
 from .host.api import io
 from .host.graph import in_use, require_inputs
+from .host.rows import on_disk
 from .sockets import require_tellable, rows_of, wire_of
-from .widgets import STRAIGHT, LoraStackType, min_coverage, mode, told
+from .widgets import LoraStackType, min_coverage, mode, stack, told
 
 
 class LoraOpsStack(io.ComfyNode):
@@ -29,15 +29,7 @@ class LoraOpsStack(io.ComfyNode):
             description="Puts any number of LoRAs on a model, in order, and says what landed of each.",
             search_aliases=["lora", "lora stack", "power lora", "multi lora", "lora loader"],
             inputs=[
-                io.String.Input(
-                    "stack",
-                    multiline=True,
-                    default="",
-                    placeholder="<lora:style/ink:0.8>",
-                    tooltip="The LoRAs in order, with their strengths on the model and on CLIP. "
-                    f"As text: <lora:style/ink:0.8:0.6> lines, or JSON. {STRAIGHT}",
-                    extra_dict={"widgetType": "LORA_OPS_STACK"},
-                ),
+                stack(),
                 io.Model.Input("model", optional=True, tooltip="The diffusion model; the input itself stays as it is."),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, for LoRAs trained on it too."),
                 LoraStackType.Input(
@@ -77,27 +69,15 @@ class LoraOpsStack(io.ComfyNode):
         rows = tuple(row for row in (*rows_of(lora_stack), *parse(stack)) if row.on)
         if in_use(cls.hidden, 2):
             require_tellable(rows)
-        meant = [names.find(row.name, row.sha256) for row in rows]
-        loaded = [caches.load(each.name, each.path) for each in meant]
-        entries = [
-            Entry(
-                each.lora,
-                row.strengths,
-                row.schedule,
-                parse_selectors(row.blocks),
-                found.asked,
-                caches.differs(each.path, row.sha256),
-            )
-            for row, found, each in zip(rows, meant, loaded, strict=True)
-        ]
+        meant, loaded, entries = on_disk(rows)
         start = time.perf_counter()
         landing = land(entries, patching.targets(model, clip))
         if landing.parts:
             require_coverage(landing, finite(min_coverage, "min_coverage"))
         seconds = time.perf_counter() - start
         words = [each.words() for each in loaded]
-        model, clip, how = patching.applied(landing, mode, model, clip)
-        found = receipt(landing, seconds, how)
+        model, clip, how, survival = patching.applied(landing, mode, model, clip)
+        found = receipt(landing, seconds, how, survival)
         return io.NodeOutput(
             model,
             clip,

@@ -17,6 +17,18 @@ STRAIGHT = (
 )
 
 
+def stack() -> io.Input:
+    return io.String.Input(
+        "stack",
+        multiline=True,
+        default="",
+        placeholder="<lora:style/ink:0.8>",
+        tooltip="The LoRAs in order, with their strengths on the model and on CLIP. "
+        f"As text: <lora:style/ink:0.8:0.6> lines, or JSON. {STRAIGHT}",
+        extra_dict={"widgetType": "LORA_OPS_STACK"},
+    )
+
+
 def min_coverage() -> io.Input:
     return io.Float.Input(
         "min_coverage",

@@ -69,8 +69,11 @@ function addEditor(node, name, type, make, { default: value = "" }) {
       redraw(node);
     },
     settled: () => app.extensionManager.workflow.activeWorkflow?.changeTracker?.captureCanvasState(),
-    redrawn: () => redraw(node),
-    resized: (change) => node.setSize([node.size[0], Math.max(node.computeSize()[1], node.size[1] + change)]),
+    redrawn: () => {
+      resize(node, 0);
+      redraw(node);
+    },
+    resized: (change) => resize(node, change),
   });
   const getMinHeight = () => parseFloat(editor.element.style.minHeight) + 2 * widget.margin;
   const widget = node.addDOMWidget(name, type, editor.element, {
@@ -133,6 +136,12 @@ function takePlace(node, element) {
   if (node.graph !== app.canvas.graph) return;
   const shown = document.querySelector(`[data-node-id="${node.id}"] .${element.classList[0]}`);
   if (shown && shown !== element) shown.replaceWith(element);
+}
+
+/** Not below what the host gives a node that it loads: growing then would be an edit, and undo would stay at it. */
+function resize(node, change) {
+  const height = Math.max(node.computeSize()[1], node.size[1] + change);
+  if (height !== node.size[1]) node.setSize([node.size[0], height]);
 }
 
 export function redraw(node) {

@@ -27,6 +27,8 @@ from .oft import BOFT, DiagOFT, InputOFT
 # And DoRA, in which any additive one can be, and BOFT, which Diag-OFT builds where the blocks come in stages.
 ALGEBRAS: tuple[type[Adapter], ...] = (LowRank, LoHa, LoKr, GLoRA, Full, DiagOFT, InputOFT, IA3, PeftIA3)
 
+REPLACING = frozenset({"set_weight", "reshape_weight"})  # as Black Forest Labs' control LoRAs have them
+
 
 def build(factors: Mapping[str, Tensor]) -> Adapter:
     """The adapter that these named factors make.
@@ -56,6 +58,9 @@ def _build(factors: Mapping[str, Tensor]) -> Adapter:
     foreign = sorted(names - {name for algebra in ALGEBRAS for name in algebra.REQUIRED | algebra.OPTIONAL})
     if not foreign:
         raise AdapterError(f"has {', '.join(sorted(names))}: they are no one algebra's")
+    if names & REPLACING:
+        what = f"has {', '.join(foreign)}, which no strength scales: it replaces the weight, or makes it wider"
+        raise AdapterError(what, remedy="Load a control LoRA with ComfyUI's own loader.")
     raise AdapterError(f"has {', '.join(foreign)}: no algebra of this version applies it")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -33,6 +34,11 @@ class Adapter(ABC):
         """What alpha is divided by: the inner dimension of the factors, the trainers' `dim`."""
 
     @property
+    def with_bias(self) -> bool:
+        """Whether it is of the bias beside the weight, too, where there is one."""
+        return False
+
+    @property
     def scale(self) -> float:
         """What the product of the factors is multiplied with before the user's strength: alpha / rank.
 
@@ -45,6 +51,11 @@ class Adapter(ABC):
     def build(cls, factors: Mapping[str, Tensor]) -> Adapter:
         """From factors by name. Raises ShapeError or AdapterError if they do not fit each other."""
         raise AdapterError(f"is {cls.ALGEBRA}, which no factors make alone")
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """What build makes it of, as trainers write it for a weight (or band) of this shape; alpha only where that is
+        no scale. Raises AdapterError where there is no such thing."""
+        raise AdapterError(f"is {self.ALGEBRA}, which no file can say as it is here")
 
     @abstractmethod
     def require_fit(self, shape: tuple[int, ...]) -> None:
@@ -117,9 +128,6 @@ class Additive(Adapter):
         """ΔW / scale in factors that an input can go through one by one; None where only the whole ΔW serves."""
         return None
 
-    @abstractmethod
-    def energy(self) -> float: ...
-
 
 class Transform(Adapter):
     """An adapter whose change depends on the weight in hand, with all that came before it in the stack."""
@@ -136,6 +144,31 @@ class Transform(Adapter):
     def energy(self) -> None:
         return None
 
+    def turn(self, shape: tuple[int, ...]) -> Turn | None:
+        """How it runs beside a weight of this shape (the number of rows may be -1); None where it cannot."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """A Transform that runs beside its weight: it turns what goes into W + inside, or what comes out of it.
+
+    difference(v, *matrices) is v turned, less v itself, channels last. Its matrices, in float32, are constants;
+    of_weight makes a last one from the rows in hand. beside is added after it, at the same strength.
+    """
+
+    of_inputs: bool
+    difference: Callable[..., Tensor]
+    matrices: tuple[Tensor, ...] = ()
+    of_weight: Callable[[Tensor], Tensor] | None = None
+    inside: Additive | None = None
+    beside: Additive | None = None
+
+
+def times(channels: Tensor, factors: Tensor) -> Tensor:
+    """The difference of a Turn that gives each channel a factor of its own: factors less 1."""
+    return channels * factors
+
 
 Term = tuple[Adapter, float]  # an adapter and its strength
 
@@ -146,6 +179,11 @@ class Product(NamedTuple):
     down: Tensor  # (rank, in·kernel…)
     up: Tensor | None = None  # (out, rank)
     left: Tensor | None = None  # (outer out, outer in)
+
+
+def named(adapter: Adapter, *names: str) -> Mapping[str, Tensor]:
+    """Those fields of an adapter that are there."""
+    return {name: tensor for name in names if (tensor := getattr(adapter, name)) is not None}
 
 
 def require_matrices(factors: Mapping[str, Tensor]) -> None:

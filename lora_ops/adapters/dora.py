@@ -7,6 +7,7 @@ before in the stack. At strength 1 this is PEFT's and LyCORIS' result; between 0
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from typing_extensions import Self
 
 from ..algebra import swap_halves
 from ..errors import AdapterError, ShapeError
-from .base import Additive, Transform, require_floats
+from .base import Additive, Transform, Turn, require_floats, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +62,28 @@ class DoRA(Transform):
         """A row of zeros has no direction to be scaled in: it stays zero."""
         total = weight.clone()
         self.inner.add_(total, 1.0)
+        return total.mul_(self._stretch(total))
+
+    def _stretch(self, total: Tensor) -> Tensor:
+        """What brings each slice to its magnitude."""
         others = [axis for axis in range(total.ndim) if axis != self.of_inputs]
         norm = torch.linalg.vector_norm(total, dim=others, keepdim=True)
-        return total.mul_((self.magnitude.to(total.dtype).reshape(norm.shape) / norm).where(norm > 0, 0))
+        return (self.magnitude.to(total.dtype).reshape(norm.shape) / norm).where(norm > 0, 0)
+
+    def turn(self, shape: tuple[int, ...]) -> Turn:
+        def of_weight(weight: Tensor) -> Tensor:
+            total = weight.clone()
+            self.inner.add_(total, 1.0)
+            return self._stretch(total).flatten() - 1
+
+        return Turn(self.of_inputs, times, of_weight=of_weight, inside=self.inner)
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """One output alone has its magnitude as a vector: (1, 1) would be that of an input."""
+        ones = (1,) * len(shape[2:])
+        magnitude = self.magnitude if shape[0] == 1 else self.magnitude.reshape(-1, 1, *ones)
+        magnitude = self.magnitude.reshape(1, -1, *ones) if self.of_inputs else magnitude
+        return {**self.inner.factors(shape), "dora_scale": magnitude}
 
     def packed(self) -> tuple[Any, ...]:
         return type(self.inner), self.inner.packed(), self.magnitude, self.of_inputs

@@ -58,6 +58,10 @@ class Full(Additive):
     def add_(self, rows: Tensor, strength: float) -> None:
         rows.add_(self.diff.to(rows.dtype).reshape(rows.shape), alpha=strength * self.scale)
 
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        """At the scale of its LoRA, which no file of differences says: rounded where that is not exact."""
+        return {"diff": algebra.scaled_rows(self.diff, torch.tensor([self.scale], dtype=torch.float64)).reshape(shape)}
+
     def packed(self) -> tuple[Tensor, float]:
         return self.diff, self.of_lora
 

@@ -13,11 +13,13 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from typing_extensions import Self
 
 from .. import algebra
 from ..errors import ShapeError
-from .base import Transform, alpha_of, require_matrices, require_shape
+from .base import Transform, Turn, alpha_of, named, require_matrices, require_shape
+from .lora import LowRank
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +69,13 @@ class GLoRA(Transform):
         mixed += algebra.product(b1, below).reshape(weight.shape)
         return torch.add(weight, mixed, alpha=self.scale)
 
+    def turn(self, shape: tuple[int, ...]) -> Turn:
+        mix = self.a2.flatten(1).float(), self.scale * self.a1.flatten(1).float()
+        return Turn(True, _mixed, mix, beside=LowRank(self.b1, self.b2, self.alpha, self.bm))
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        return {f"glora_{name}": factor for name, factor in named(self, "a1", "a2", "b1", "b2", "bm").items()}
+
     def packed(self) -> tuple[Tensor | float | None, ...]:
         return self.a1, self.a2, self.b1, self.b2, self.bm, self.alpha
 
@@ -89,6 +98,10 @@ class GLoRA(Transform):
     @cached_property
     def _narrowed(self) -> dict[tuple[int, int], Self]:
         return {}
+
+
+def _mixed(inputs: Tensor, a2: Tensor, a1: Tensor) -> Tensor:
+    return linear(linear(inputs, a2), a1)
 
 
 def _share_rank(a1: Tensor, a2: Tensor, b1: Tensor, b2: Tensor) -> bool:

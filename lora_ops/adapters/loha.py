@@ -17,7 +17,10 @@ from typing_extensions import Self
 
 from .. import algebra
 from ..errors import AdapterError, ShapeError
-from .base import Additive, Product, alpha_of, require_matrices, require_shape
+from .base import Additive, Product, alpha_of, named, require_matrices, require_shape
+
+LARGEST = 1 << 28  # entries of ΔW whose energy is worth the time
+CHUNK = 1 << 21  # entries of ΔW that its energy is taken from at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +100,25 @@ class LoHa(Additive):
         up, down = torch.einsum("oi,oj->oij", a1, a2), torch.einsum("ix,jx->ijx", b1, b2)
         return Product(down.flatten(0, 1), up.flatten(1))
 
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        return named(self, "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
     def packed(self) -> tuple[Tensor | float | None, ...]:
         halves = (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b)
         return (*halves, self.hada_t1, self.hada_t2, self.alpha)
 
-    def energy(self) -> float:
-        """From ΔW: its Gram matrices, of rank², would be larger than what they save."""
-        first, second = self._halves(torch.float32)
-        return self.scale**2 * float(torch.linalg.vector_norm(first.mul_(second), dtype=torch.float64)) ** 2
+    def energy(self) -> float | None:
+        """From ΔW, some rows at a time: its Gram matrices, of rank², would be larger than what they save. None where
+        that would take long: a file of kilobytes can name a ΔW of gigabytes."""
+        rows, columns = self.hada_w1_a.shape[1 - self._inner], self.hada_w1_b[0].numel()
+        if rows * columns > LARGEST:
+            return None
+        some, found = max(1, CHUNK // columns), 0.0
+        for start in range(0, rows, some):
+            part = self._of_rows(lambda a, start=start: a[start : start + some])
+            first, second = part._halves(torch.float32)
+            found += float(torch.linalg.vector_norm(first.mul_(second), dtype=torch.float64)) ** 2
+        return self.scale**2 * found
 
     @property
     def idle(self) -> bool:

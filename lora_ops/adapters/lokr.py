@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from .. import algebra
 from ..errors import AdapterError, ShapeError
-from .base import Additive, Product, alpha_of, require_matrices, require_shape
+from .base import Additive, Product, alpha_of, named, require_matrices, require_shape
 
 Rows = tuple[tuple[int, int], ...]  # (start, length) of some rows, in order
 
@@ -112,6 +112,11 @@ class LoKr(Additive):
             return None
         left = self._left.matrix(torch.float32) if self.lokr_w1 is None else self.lokr_w1.flatten(1)
         return self._right.product._replace(left=left)
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        if self.kept is not None:
+            return super().factors(shape)
+        return named(self, *sorted(self.OPTIONAL - {"alpha"}))
 
     def packed(self) -> tuple[Tensor | float | Rows | None, ...]:
         return (*self._left, *self._right, self.alpha, self.kept)

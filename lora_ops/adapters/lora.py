@@ -19,8 +19,6 @@ from .. import algebra
 from ..errors import ShapeError
 from .base import Additive, Product, Term, alpha_of, require_matrices, require_shape
 
-WIDE = 32  # measured with `python -m bench apply`
-
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Additive):
@@ -69,17 +67,12 @@ class LowRank(Additive):
 
     @classmethod
     def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
-        """Small ranks as one LoRA: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …].
-
-        One pass over the weight instead of several; from rank WIDE on, the multiplication takes longer than the pass
-        that joining would save, and the joined copy costs more than it.
-        """
-        small = [(a, s) for a, s in terms if isinstance(a, LowRank) and a.rank < WIDE]
-        if len(small) < 2:
+        """As one LoRA, in one pass over the weight: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …]."""
+        lows = [(adapter, strength) for adapter, strength in terms if isinstance(adapter, LowRank)]
+        if len(lows) < 2:
             return terms
-        ups, downs = zip(*(adapter._scaled(strength, dtype) for adapter, strength in small), strict=True)
-        joined = cls(torch.cat(ups, dim=1), torch.cat(downs))
-        return [(joined, 1.0), *(term for term in terms if term[0].rank >= WIDE)]
+        ups, downs = zip(*(adapter._scaled(strength, dtype) for adapter, strength in lows), strict=True)
+        return [(cls(torch.cat(ups, dim=1), torch.cat(downs)), 1.0)]
 
     def _scaled(self, strength: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """up and down as matrices in dtype, scale and strength in the smaller of them."""
@@ -97,6 +90,13 @@ class LowRank(Additive):
 
     def product(self) -> Product:
         return Product(self._inner(), self.up.flatten(1))
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        ones = (1,) * len(shape[2:])
+        up = self.up.reshape(*self.up.shape[:2], *ones)
+        if self.mid is not None:
+            return {"up": up, "down": self.down.reshape(*self.down.shape[:2], *ones), "mid": self.mid}
+        return {"up": up, "down": self.down.reshape(self.rank, *(shape[1:] or (1,)))}
 
     def packed(self) -> tuple[Tensor, Tensor, float | None, Tensor | None]:
         return self.up, self.down, self.alpha, self.mid

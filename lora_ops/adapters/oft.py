@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..algebra import swap_halves
-from ..errors import ShapeError
-from .base import Transform, alpha_of, require_floats
+from ..algebra import exact
+from ..errors import AdapterError, ShapeError
+from .base import Transform, Turn, alpha_of, require_floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,24 +65,48 @@ class DiagOFT(Transform):
             raise ShapeError(what, found=(self.outputs,), expected=shape)
 
     def changed(self, weight: Tensor) -> Tensor:
-        rows = swap_halves(weight) if self.exchanged else weight
-        rows = self._rotated(rows.flatten(1), self._rotations(weight.dtype))
-        if self.rescale is not None:
-            rows = rows * self.rescale.to(weight.dtype)[:, None]
-        return (swap_halves(rows) if self.exchanged else rows).reshape(weight.shape)
+        columns = weight.flatten(1).T
+        return (columns + self._difference(columns, *self._matrices(weight.dtype))).T.reshape(weight.shape)
+
+    def turn(self, shape: tuple[int, ...]) -> Turn:
+        return Turn(False, self._difference, self._matrices(torch.float32))
+
+    def _matrices(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Of each stage the rotations less the identity (blocks, size, size), and the rescaling less 1."""
+        rotations = self._rotations(dtype)
+        stages = rotations - torch.eye(self.rank, dtype=dtype, device=rotations.device)
+        return (stages,) if self.rescale is None else (stages, self.rescale.to(dtype) - 1)
+
+    def _difference(self, outputs: Tensor, stages: Tensor, *rescale: Tensor) -> Tensor:
+        """What becomes of outputs (…, out), less the outputs themselves."""
+        outputs = _exchanged(outputs) if self.exchanged else outputs
+        change = torch.zeros_like(outputs)
+        for number, stage in enumerate(stages):
+            change = change + self._turned(outputs + change, stage, number)
+        for more in rescale:
+            change = change + more * (outputs + change)
+        return _exchanged(change) if self.exchanged else change
 
     def _rotations(self, dtype: torch.dtype) -> Tensor:
-        """R = (I + Q)(I - Q)⁻¹ of each block, where Q's norm over all blocks is no larger than the constraint."""
+        """R = (I + Q)(I - Q)⁻¹ of each block, by stages; Q's norm over all blocks is no larger than the constraint."""
         blocks = self.blocks.to(dtype)
         skew, eye = blocks - blocks.mT, torch.eye(self.rank, dtype=dtype, device=blocks.device)
         norm, most = torch.linalg.vector_norm(skew), self.constraint * self.outputs
         if 0 < most < norm:
             skew = skew * (most / norm)
-        return torch.linalg.solve(eye - skew, eye + skew, left=False)
+        found = torch.linalg.solve(eye - skew, eye + skew, left=False)
+        return found.reshape(-1, *found.shape[-3:])
 
-    def _rotated(self, rows: Tensor, rotations: Tensor) -> Tensor:
-        """Each block of rows times its transposed rotation: kohya and LyCORIS store it so."""
-        return (rotations.mT @ rows.reshape(len(rotations), self.rank, -1)).reshape(rows.shape)
+    def _turned(self, outputs: Tensor, stage: Tensor, number: int) -> Tensor:
+        """Each block of outputs times its transposed matrix: kohya and LyCORIS store it so."""
+        return torch.einsum("...bj,bji->...bi", outputs.unflatten(-1, (-1, self.rank)), stage).flatten(-2)
+
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        if self.exchanged:
+            return super().factors(shape)
+        ones = [1] * (len(shape) - 1)
+        rescale = {} if self.rescale is None else {"rescale": self.rescale.reshape(-1, *ones)}
+        return {"oft_blocks": self.blocks, "alpha": exact(self.constraint), **rescale}
 
     def packed(self) -> tuple[Any, ...]:
         return self.blocks, self.constraint, self.rescale, self.exchanged
@@ -104,14 +128,12 @@ class DiagOFT(Transform):
 class BOFT(DiagOFT):
     ALGEBRA = "BOFT"
 
-    def _rotated(self, rows: Tensor, rotations: Tensor) -> Tensor:
-        """Stage after stage; in stage i a block takes rows that lie 2^i · half a block apart."""
-        for stage, there in enumerate(rotations):
-            apart = 2**stage * self.rank // 2
-            order = torch.arange(len(rows), device=rows.device).reshape(-1, 2, apart).mT.flatten()
-            mixed = there @ rows[order].reshape(*there.shape[:2], -1)
-            rows = torch.empty_like(rows).index_copy_(0, order, mixed.reshape(rows.shape))
-        return rows
+    def _turned(self, outputs: Tensor, stage: Tensor, number: int) -> Tensor:
+        """In stage i a block takes outputs that lie 2^i · half a block apart, and its matrix is not transposed."""
+        apart = 2**number * self.rank // 2
+        order = torch.arange(outputs.shape[-1], device=outputs.device).reshape(-1, 2, apart).mT.flatten()
+        mixed = super()._turned(outputs[..., order], stage.mT, number)
+        return torch.empty_like(outputs).index_copy(-1, order, mixed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +183,17 @@ class InputOFT(Transform):
         rotations = self._rotations(weight.dtype).expand(inputs.shape[1], -1, -1)
         return torch.einsum("okc,kbc->okb", inputs, rotations).reshape(weight.shape)
 
+    def turn(self, shape: tuple[int, ...]) -> Turn | None:
+        """None for a kernel: there it rotates what no channels hold."""
+        if torch.Size(shape[2:]).numel() != 1:
+            return None
+        rotations = self._rotations(torch.float32)
+        return Turn(True, self._difference, (rotations - torch.eye(self.rank, device=rotations.device),))
+
+    def _difference(self, inputs: Tensor, blocks: Tensor) -> Tensor:
+        split = inputs.unflatten(-1, (-1, self.rank))
+        return torch.einsum("...kb,kbc->...kc", split, blocks.expand(split.shape[-2], -1, -1)).flatten(-2)
+
     def _rotations(self, dtype: torch.dtype) -> Tensor:
         size, vectors = self.rank, self.vectors.to(dtype) * self.scaled_by
         upper = torch.zeros(len(vectors), size, size, dtype=dtype, device=vectors.device)
@@ -175,6 +208,12 @@ class InputOFT(Transform):
             return _neumann(skew, eye, self.terms)
         return torch.linalg.solve(eye + skew, eye - skew, left=False)
 
+    def factors(self, shape: tuple[int, ...]) -> Mapping[str, Tensor]:
+        if self.terms != 5 or self.eps:
+            raise AdapterError("is OFT with terms or a constraint that only PEFT's configuration says")
+        scaled = {} if self.scaled_by == 1 else {"oft_scaled": torch.tensor(True)}
+        return {"oft_R": self.vectors, **scaled}
+
     def packed(self) -> tuple[Any, ...]:
         return self.vectors, self.scaled_by, self.terms, self.eps
 
@@ -188,6 +227,10 @@ class InputOFT(Transform):
 
     def narrowed(self, start: int, length: int) -> Self:
         return self
+
+
+def _exchanged(outputs: Tensor) -> Tensor:
+    return torch.cat(outputs.chunk(2, -1)[::-1], -1)
 
 
 def _neumann(skew: Tensor, eye: Tensor, terms: int) -> Tensor:

@@ -1,19 +1,34 @@
 """Files: one checked reader, one atomic writer."""
 
-from .folder import write_folder
+from .folder import write_folder, write_folder_numbered
 from .format import LORA_HEADER, Entry, Header, Identity
-from .reading import TensorFile, identity, read, read_header, read_tensors, read_text, sha256, stated_hash, tensor_hash
-from .writing import write
+from .reading import (
+    TensorFile,
+    identity,
+    read,
+    read_header,
+    read_rows,
+    read_tensors,
+    read_text,
+    sha256,
+    stated_hash,
+    tensor_hash,
+)
+from .writing import Lazy, Progress, meter, write, write_numbered
 
 __all__ = [
     "LORA_HEADER",
     "Entry",
     "Header",
     "Identity",
+    "Lazy",
+    "Progress",
     "TensorFile",
     "identity",
+    "meter",
     "read",
     "read_header",
+    "read_rows",
     "read_tensors",
     "read_text",
     "sha256",
@@ -21,4 +36,6 @@ __all__ = [
     "tensor_hash",
     "write",
     "write_folder",
+    "write_folder_numbered",
+    "write_numbered",
 ]

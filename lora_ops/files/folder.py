@@ -2,71 +2,159 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
-import secrets
 import shutil
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
 from ..errors import FileError, shown
-from .reading import reason
-from .writing import TEMPORARY, sync_folder, write, write_synced
+from .reading import sha256
+from .writing import (
+    CHUNK,
+    Lazy,
+    Progress,
+    laid,
+    meter,
+    published_numbered,
+    require_room,
+    sweep,
+    sync_folder,
+    temporary_of,
+    told_of,
+    write_laid,
+    write_synced,
+)
+
+Files = Mapping[str, tuple[Mapping[str, Tensor | Lazy], Mapping[str, str]]]  # name -> tensors and metadata
 
 
 def write_folder(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]],
+    tensors: Files,
     texts: Mapping[str, str],
+    copies: Mapping[str, Path] | None = None,
     *,
     overwrite: bool,
+    progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a folder of safetensors files (name -> tensors and metadata, see write) and small texts.
+    """Write a folder of safetensors files, small texts, and copies of other files; a name may have folders in it.
 
-    It is made under a temporary name beside its own and renamed. With overwrite an existing folder is put aside until
-    the new one is there; one that holds anything else than these files is refused, for it would be lost.
+    It is made under a temporary name beside its own and renamed. With overwrite an existing folder stays until the new
+    one is there; one that holds anything else than these files is refused, for it would be lost. progress and check
+    are those of write; check gets the temporary folder.
     Raises FileError like write, with nothing changed.
     """
     final = Path(path)
-    unique = f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}"
-    temporary, aside = final.parent / (unique + TEMPORARY), final.parent / f"{unique}.old"
+    with told_of(path):
+        _require_replaceable(final, {*tensors, *texts, *(copies or ())}, overwrite)
+        with _written(final, tensors, texts, copies or {}, progress, check) as temporary:
+            _publish(temporary, final, overwrite)
+
+
+def write_folder_numbered(
+    path_of: Callable[[int], Path],
+    tensors: Files,
+    texts: Mapping[str, str],
+    copies: Mapping[str, Path] | None = None,
+    *,
+    first: int = 1,
+    progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a folder like write_folder, under the first name that is free, and return it: see write_numbered."""
+    with (
+        told_of(path_of(first)),
+        _written(path_of(first), tensors, texts, copies or {}, progress, check) as temporary,
+    ):
+        return published_numbered(path_of, first, lambda final: _publish(temporary, final, overwrite=False))
+
+
+@contextmanager
+def _written(
+    final: Path,
+    tensors: Files,
+    texts: Mapping[str, str],
+    copies: Mapping[str, Path],
+    progress: Progress | None,
+    check: Callable[[Path], None] | None,
+) -> Iterator[Path]:
+    sweep(final.parent)
+    contents = {name: laid(*content, final / name) for name, content in tensors.items()}
+    sizes = [content.size for content in contents.values()] + [path.stat().st_size for path in copies.values()]
+    require_room(sum(sizes), final)
+    more, temporary = meter(2 * sum(sizes), progress), temporary_of(final)
+    temporary.mkdir()
     try:
-        _require_replaceable(final, {*tensors, *texts}, overwrite)
-        temporary.mkdir()
-        try:
-            for name, text in texts.items():
-                write_synced(temporary / name, [text.encode("utf-8")])
-            for name, (content, metadata) in tensors.items():
-                write(temporary / name, content, metadata, overwrite=False)
-            if final.exists():
-                os.rename(final, aside)
-            try:
-                os.rename(temporary, final)
-            except BaseException:
-                if aside.exists():
-                    os.rename(aside, final)
-                raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for name in (*contents, *texts, *copies):
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_synced(temporary / name, [text.encode("utf-8")])
+        for name, source in copies.items():
+            digest = write_synced(temporary / name, _chunks(source), more)
+            if sha256(temporary / name, more) != digest:
+                raise FileError("reads back differently from what was written.", file=final, remedy="Check the disk.")
+        for name, content in contents.items():
+            write_laid(temporary / name, content, final / name, more)
         if os.name != "nt":
-            sync_folder(final)
+            for folder, _, _ in os.walk(temporary):
+                sync_folder(Path(folder) / "any")
+        if check:
+            check(temporary)
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _publish(temporary: Path, final: Path, overwrite: bool) -> None:
+    """Give a folder its name; an old one is in its place until then, and afterwards under the temporary name."""
+    if not overwrite or not os.path.lexists(final):
+        try:
+            os.rename(temporary, final)
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY:
+                raise FileExistsError(errno.EEXIST, "exists already") from error
+            raise
+    elif not _exchanged(temporary, final):
+        aside = temporary.with_suffix(".old")
+        os.rename(final, aside)
+        try:
+            os.rename(temporary, final)
+        except BaseException:
+            os.rename(aside, final)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
-    except FileError as error:
-        error.file = str(path)  # not the temporary one
-        raise
-    except (OSError, ValueError) as error:
-        remedy = "Choose another name." if isinstance(error, FileExistsError) else "Nothing was changed."
-        raise FileError(f"cannot be written: {reason(error)}.", file=path, remedy=remedy) from error
+    if os.name != "nt":
+        sync_folder(final)
 
 
-def _require_replaceable(final: Path, names: Collection[str], overwrite: bool) -> None:
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, where the system can (Linux, most file systems): a kill leaves no gap."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and not rename(-100, os.fsencode(one), -100, os.fsencode(other), 2)
+
+
+def _require_replaceable(final: Path, names: set[str], overwrite: bool) -> None:
     if not os.path.lexists(final):
         return
     if not overwrite:
         raise FileExistsError(errno.EEXIST, "exists already")
     if final.is_symlink() or not final.is_dir():
         raise FileExistsError(errno.EEXIST, "exists already and is no folder")
-    if foreign := sorted(entry.name for entry in final.iterdir() if entry.name not in names):
+    there = (path for path in final.rglob("*") if path.is_symlink() or not path.is_dir())
+    if foreign := sorted(name for path in there if (name := path.relative_to(final).as_posix()) not in names):
         raise FileExistsError(errno.EEXIST, f"exists already and holds other files ({shown(foreign[0])})")

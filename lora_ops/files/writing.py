@@ -5,72 +5,186 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from itertools import chain
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from io import BufferedWriter
+from itertools import chain, count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import FileError
-from .format import DTYPE_NAMES
-from .reading import read_header, reason, sha256
+from ..errors import FileError, shown
+from .format import DTYPE_NAMES, MIB
+from .reading import is_finite, read_header, reason, sha256
 
 ORPHAN_AGE = 86_400.0  # seconds after which a temporary file of a killed writer is removed
 TEMPORARY = ".lora_ops_tmp"
+CHUNK = 16 * MIB  # bytes at a time, from one call of progress to the next
+AHEAD = 2  # chunks that are being written and hashed while the next one is made
+UNSYNCED = 128 * MIB  # bytes that may wait for the disk
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy:
+    """A tensor that is made when it is written.
+
+    chunks gives consecutive blocks of its rows, in order, of its dtype, on any device; what is given is not written to
+    again: it goes to the disk while the next one is made. kept: the values are a file's own, whatever they are.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[Tensor]]
+    kept: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Progress = Callable[[int, int], None]  # (bytes done, bytes in all); what it raises cancels the writing
 
 
 def write(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Lazy],
     metadata: Mapping[str, str] | None = None,
     *,
     overwrite: bool,
+    progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a safetensors file so that the final name holds the old file or the whole new one, never less.
 
     Temporary file in the same folder, fsync, reopened and compared byte for byte, renamed, folder synced.
     The same tensors and metadata give the same bytes. Without overwrite an existing file is never touched.
-    Raises FileError, with nothing left behind, if there is no room, no right, or the file reads back wrong.
+    progress hears at least every 16 MB; every byte counts twice, written and read back. check gets the temporary file
+    when it has read back right; what it raises, like anything else, leaves nothing behind.
+    Raises FileError, with nothing left behind, if there is no room, no right, the file reads back wrong, or a tensor
+    holds NaN or Inf that no file held before (see Lazy.kept).
     """
     final = Path(path)
+    with (
+        told_of(path),
+        _written(final, tensors, metadata, progress, check, taken=not overwrite and final.exists()) as temporary,
+    ):
+        _publish(temporary, final, overwrite)
+
+
+def write_numbered(
+    path_of: Callable[[int], Path],
+    tensors: Mapping[str, Tensor | Lazy],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    first: int = 1,
+    progress: Progress | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a file like write, under the first name that is free, and return it: path_of(first), path_of(first + 1), …
+
+    All of them are of one folder. A name that another process takes meanwhile is passed over; nothing is written again.
+    """
+    with told_of(path_of(first)), _written(path_of(first), tensors, metadata, progress, check) as temporary:
+        return published_numbered(path_of, first, lambda final: _publish(temporary, final, overwrite=False))
+
+
+def published_numbered(path_of: Callable[[int], Path], first: int, publish: Callable[[Path], None]) -> Path:
+    """The first of these names under which publish does not meet a FileExistsError."""
+    for number in count(first):
+        final = path_of(number)
+        if not os.path.lexists(final):
+            with suppress(FileExistsError):
+                publish(final)
+                return final
+    raise AssertionError  # numbers end never
+
+
+@contextmanager
+def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system, told of this file or folder."""
     try:
-        _sweep(final.parent)
-        head, names = _head(tensors, metadata or {}, final)
-        needed = len(head) + sum(tensors[name].nbytes for name in names)
-        free = shutil.disk_usage(final.parent).free
-        if free < needed:
-            raise FileError(
-                f"needs {needed:,} bytes, the disk has {free:,}.",
-                file=path,
-                remedy="Free some room.",
-                needed=needed,
-                free=free,
-            )
-        if not overwrite and final.exists():
-            raise FileExistsError(errno.EEXIST, "exists already")
-        temporary = final.parent / f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
-        try:
-            digest = write_synced(temporary, chain([head], (_bytes(tensors[name]) for name in names)))
-            _compare(temporary, digest, tensors, path)
-            _publish(temporary, final, overwrite)
-        finally:
-            with suppress(FileNotFoundError):
-                temporary.unlink()
+        yield
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in a name or in metadata
         remedy = "Choose another name." if isinstance(error, FileExistsError) else "Nothing was changed."
         raise FileError(f"cannot be written: {reason(error)}.", file=path, remedy=remedy) from error
 
 
-def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> tuple[bytes, list[str]]:
-    """The file's first bytes, and the tensors' names in the order of their bytes: widest dtype first, so that
-    every tensor is aligned, then by name, so that the same tensors give the same bytes."""
+@contextmanager
+def _written(
+    final: Path,
+    tensors: Mapping[str, Tensor | Lazy],
+    metadata: Mapping[str, str] | None,
+    progress: Progress | None,
+    check: Callable[[Path], None] | None,
+    *,
+    taken: bool = False,
+) -> Iterator[Path]:
+    """A temporary file beside the final one that holds it all and was read back right; gone at the end."""
+    sweep(final.parent)
+    content = laid(tensors, metadata or {}, final)
+    require_room(content.size, final)
+    if taken:
+        raise FileExistsError(errno.EEXIST, "exists already")
+    temporary = temporary_of(final)
+    try:
+        write_laid(temporary, content, final, meter(2 * content.size, progress))
+        if check:
+            check(temporary)
+        yield temporary
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def temporary_of(final: Path) -> Path:
+    """A name of our own beside a file or folder."""
+    return final.parent / f".{final.name[:40]}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}"
+
+
+def require_room(needed: int, final: Path) -> None:
+    free = shutil.disk_usage(final.parent).free
+    if free < needed:
+        what = f"needs {needed:,} bytes, the disk has {free:,}."
+        raise FileError(what, file=final, remedy="Free some room.", needed=needed, free=free)
+
+
+def meter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """What takes how many more bytes are done, and tells progress how many are in all."""
+    done = 0
+
+    def more(size: int) -> None:
+        nonlocal done
+        done += size
+        if progress:
+            progress(done, total)
+
+    return more
+
+
+class Laid(NamedTuple):
+    """A file's first bytes, and its tensors in the order of their bytes."""
+
+    head: bytes
+    tensors: Mapping[str, Lazy]
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def laid(tensors: Mapping[str, Tensor | Lazy], metadata: Mapping[str, str], path: Path) -> Laid:
+    """Widest dtype first, so that every tensor is aligned, then by name: the same tensors give the same bytes."""
     if sys.byteorder != "little":
         raise FileError("cannot be written on a big-endian machine.", file=path)
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -90,22 +204,76 @@ def _head(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path
         position = offsets[1]
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, names
+    return Laid(len(text).to_bytes(8, "little") + text, {name: _lazy(tensors[name]) for name in names})
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]  Buffer is a protocol only from 3.12
+def _lazy(tensor: Tensor | Lazy) -> Lazy:
+    return tensor if isinstance(tensor, Lazy) else Lazy(tensor.dtype, tuple(tensor.shape), lambda: [tensor])
 
 
-def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
-    """Write a new file and wait until it is on the disk; returns its SHA-256."""
+def write_laid(temporary: Path, content: Laid, final: Path, more: Callable[[int], None]) -> None:
+    """Write a file, wait until it is on the disk, and read it back. Errors are told of the final one."""
+    chunks = (chunk for name, tensor in content.tensors.items() for chunk in _bytes(name, tensor, final))
+    digest = write_synced(temporary, chain([content.head], chunks), more)
+    _compare(temporary, digest, content, final, more)
+
+
+def _bytes(name: str, tensor: Lazy, path: Path) -> Iterator[memoryview]:
+    """What a tensor's chunks hold, checked, in pieces of at most CHUNK bytes."""
+    left = tensor.nbytes
+    for block in tensor.chunks():
+        left -= block.nbytes
+        if block.dtype != tensor.dtype or block.ndim != len(tensor.shape) or block.shape[1:] != tensor.shape[1:]:
+            found = f"{tuple(block.shape)} of {block.dtype}"
+            raise _unlike(name, tensor, path, f"a block of it is {found}")
+        if left < 0:
+            raise _unlike(name, tensor, path, "its blocks are more than that")
+        flat = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        view = memoryview(flat.numpy())  # pyright: ignore[reportArgumentType]  Buffer is a protocol only from 3.12
+        for start in range(0, len(view), CHUNK):
+            piece = view[start : start + CHUNK]
+            if not tensor.kept and not is_finite(piece, tensor.dtype):
+                what = f"tensor '{shown(name)}' would hold NaN or Inf in {tensor.dtype}."
+                remedy = "Use smaller strengths, or a dtype that reaches further: bf16 or fp32."
+                raise FileError(what, file=path, tensor=name, remedy=remedy)
+            yield piece
+    if left:
+        raise _unlike(name, tensor, path, f"{left:,} bytes of it were not made")
+
+
+def _unlike(name: str, tensor: Lazy, path: Path, what: str) -> FileError:
+    expected = f"tensor '{shown(name)}' should be {tensor.shape} of {tensor.dtype}, but {what}."
+    return FileError(expected, file=path, tensor=name, remedy="Nothing was changed.")
+
+
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview], more: Callable[[int], None] | None = None) -> str:
+    """Write a new file and wait until it is on the disk; returns its SHA-256.
+
+    While a chunk is written and hashed, each in a thread, the next one is made here, where an interrupt is seen. The
+    disk is made to keep up all along: waiting for gigabytes at the end could not be interrupted.
+    """
     digest = hashlib.sha256()
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
-    with open(descriptor, "wb") as file:
+    behind: deque[tuple[Future[None], Future[None], int]] = deque()
+
+    def settle() -> None:
+        written, hashed, size = behind.popleft()
+        written.result()
+        hashed.result()
+        if more:
+            more(size)
+
+    with open(descriptor, "wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
+        unsynced = 0
         for chunk in chunks:
-            file.write(chunk)
-            digest.update(chunk)
+            unsynced += len(chunk)
+            written = writer.submit(_put, file, chunk, sync=unsynced > UNSYNCED)
+            behind.append((written, hasher.submit(digest.update, chunk), len(chunk)))
+            unsynced = 0 if unsynced > UNSYNCED else unsynced
+            if len(behind) > AHEAD:
+                settle()
+        while behind:
+            settle()
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # so that the comparison reads the disk, not this write's cache
@@ -113,16 +281,23 @@ def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> str:
     return digest.hexdigest()
 
 
-def _compare(temporary: Path, digest: str, tensors: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+def _put(file: BufferedWriter, chunk: bytes | memoryview, *, sync: bool) -> None:
+    file.write(chunk)
+    if sync and hasattr(os, "fdatasync"):
+        file.flush()
+        os.fdatasync(file.fileno())
+
+
+def _compare(temporary: Path, digest: str, content: Laid, path: Path, more: Callable[[int], None]) -> None:
     different = FileError("reads back differently from what was written.", file=path, remedy="Check the disk.")
-    if sha256(temporary) != digest:
+    if sha256(temporary, more) != digest:
         raise different
     try:
         header = read_header(temporary)
     except FileError as error:  # not the disk's fault: names or metadata that no safetensors file may have
         what = f"cannot be written, the reader would refuse it: {error.what}"
         raise FileError(what, file=path, remedy="Nothing was changed.") from error
-    same = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
+    same = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in content.tensors.items()} == {
         name: (entry.dtype, entry.shape) for name, entry in header.entries.items()
     }
     if not same:
@@ -167,7 +342,7 @@ def sync_folder(final: Path) -> None:
             raise FileError(what, file=final, remedy="Check the disk.") from error
 
 
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Remove what killed writers left: our temporary files and folders of more than a day ago."""
     for orphan in folder.glob(f".*{TEMPORARY}"):
         with suppress(OSError):

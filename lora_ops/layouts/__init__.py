@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -21,8 +21,9 @@ from ..alpha import ADAPTER_CONFIG
 from ..errors import AdapterError, LoraOpsError
 from ..families import Family, Shapes
 from ..files import write as write_file
-from ..files import write_folder
-from ..lora import Lora
+from ..files import write_folder, write_folder_numbered
+from ..files import write_numbered as write_file_numbered
+from ..lora import BIAS, Lora
 from .base import Layout, Module
 from .metadata import configuration
 from .metadata import metadata as completed
@@ -54,6 +55,12 @@ class Laid:
         """Modules made of parts of different scales: they alone are rounded, to float32."""
         return tuple(module.full_name for module in self.modules if module.factors.folded)
 
+    @property
+    def folder(self) -> tuple[Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, str]]], Mapping[str, str]]:
+        """PEFT's files: tensors with metadata, and texts."""
+        weights = {"adapter_model.safetensors": (self.tensors, self.metadata)}
+        return weights, {ADAPTER_CONFIG: json.dumps(self.config, indent=2)}
+
 
 def write(
     path: str | os.PathLike[str],
@@ -71,18 +78,35 @@ def write(
     shapes are the model's in hand (None: the published one's). metadata is put over the source's. dtype rounds the
     factors; None keeps each one's own. Raises FileError like files.write, and before it what laid_out raises.
     """
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    made = {"modelspec.title": Path(path).stem, "modelspec.date": now}
-    laid = laid_out(
-        lora, layout, family, shapes=shapes, metadata={**made, **lora.metadata, **(metadata or {})}, dtype=dtype
-    )
+    laid = laid_out(lora, layout, family, shapes=shapes, metadata=_dated(path, lora, metadata), dtype=dtype)
     if laid.config is None:
         write_file(path, laid.tensors, laid.metadata, overwrite=overwrite)
     else:
-        weights = {"adapter_model.safetensors": (laid.tensors, laid.metadata)}
-        config = {ADAPTER_CONFIG: json.dumps(laid.config, indent=2)}
-        write_folder(path, weights, config, overwrite=overwrite)
+        write_folder(path, *laid.folder, overwrite=overwrite)
     return laid
+
+
+def write_numbered(
+    path_of: Callable[[int], Path],
+    lora: Lora,
+    layout: Layout,
+    family: Family,
+    *,
+    shapes: Shapes | None = None,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Path, Laid]:
+    """The same under the first name that is free (see files.write_numbered), which is returned too."""
+    laid = laid_out(lora, layout, family, shapes=shapes, metadata=_dated(path_of(1), lora, metadata), dtype=dtype)
+    if laid.config is None:
+        return write_file_numbered(path_of, laid.tensors, laid.metadata), laid
+    return write_folder_numbered(path_of, *laid.folder), laid
+
+
+def _dated(path: str | os.PathLike[str], lora: Lora, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    made = {"modelspec.title": Path(path).stem, "modelspec.date": now}
+    return {**made, **lora.metadata, **(metadata or {})}
 
 
 def laid_out(
@@ -115,18 +139,22 @@ def laid_out(
 
 
 def _rounded(module: Module, dtype: torch.dtype | None) -> Module:
-    factors = module.factors
-    up, down = factors.up.to(dtype or factors.up.dtype), factors.down.to(dtype or factors.down.dtype)
-    if not all(extreme.isfinite() for factor in (up, down) for extreme in factor.float().aminmax()):
-        raise AdapterError(f"is too large for {up.dtype}.", module=module.full_name, remedy="Choose a wider dtype.")
-    return module._replace(factors=factors._replace(up=up, down=down))
+    found: dict[str, Tensor] = {}
+    for name, tensor in module.factors.tensors.items():
+        rounds = name != "alpha" and tensor.is_floating_point()
+        found[name] = (tensor.to(dtype or tensor.dtype) if rounds else tensor).contiguous()
+        if not all(extreme.isfinite() for extreme in found[name].float().aminmax()):
+            what = f"is too large for {found[name].dtype}."
+            raise AdapterError(what, module=module.full_name, remedy="Choose a wider dtype.")
+    return module._replace(factors=module.factors._replace(tensors=found))
 
 
 def _tensors(module: Module, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    yield module.full_name + layout.up, module.factors.up
-    yield module.full_name + layout.down, module.factors.down
-    if layout.alpha:
-        yield module.full_name + layout.alpha, exact(module.factors.alpha)
+    name = module.full_name.removesuffix(BIAS)
+    for factor, tensor in module.factors.tensors.items():
+        yield name + (".diff_b" if name != module.full_name else layout.words[factor]), tensor
+    if layout.alpha and module.factors.alpha is not None:
+        yield name + layout.alpha, exact(module.factors.alpha)
 
 
-__all__ = ["LAYOUTS", "Laid", "Layout", "laid_out", "write"]
+__all__ = ["LAYOUTS", "Laid", "Layout", "laid_out", "write", "write_numbered"]

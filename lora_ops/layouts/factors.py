@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..adapters import LowRank
+from ..adapters import Adapter, Full, LowRank
 from ..algebra import scaled, swap_halves
 from ..errors import AdapterError
 from ..landing import Piece
@@ -33,9 +33,13 @@ class _Part(NamedTuple):
 def factors(pieces: Sequence[Piece], target: Target) -> Factors | None:
     """What a weight's pieces do to a target there; None if that is nothing.
 
-    Raises AdapterError for an algebra other than LoRA, and for a scale that no alpha says.
+    Only plain LoRA is fused. Raises AdapterError for another algebra that would have to be or cannot be split, and for
+    a scale that no alpha says.
     """
     whole = Band(0, target.shape[0])
+    there = [piece for piece in pieces if overlap(piece.band or whole, target.rows).length]
+    if not all(_plain(piece.adapter) for piece in there):
+        return _passed(there, target)
     parts = [part for piece in pieces if (part := _part(piece.adapter, piece.band or whole, target.rows))]
     if not parts:
         return None
@@ -47,7 +51,25 @@ def factors(pieces: Sequence[Piece], target: Target) -> Factors | None:
     if target.swap:
         up = swap_halves(up)
     kernel, inputs = (1,) * len(target.shape[2:]), target.shape[1:] or (1,)
-    return Factors(up.reshape(-1, rank, *kernel), down.reshape(rank, *inputs), alpha, folded)
+    return Factors({"up": up.reshape(-1, rank, *kernel), "down": down.reshape(rank, *inputs)}, rank, alpha, folded)
+
+
+def _plain(adapter: Adapter) -> bool:
+    return isinstance(adapter, LowRank) and adapter.mid is None
+
+
+def _passed(pieces: Sequence[Piece], target: Target) -> Factors:
+    """Another algebra's factors, or those of some of its rows."""
+    (piece, *others), rows = pieces, target.rows
+    adapter, have = piece.adapter, piece.band or Band(0, target.shape[0])
+    if others or overlap(have, rows) != rows:
+        raise AdapterError(f"is {adapter.ALGEBRA} for a part of this layout's module, and only LoRA is fused.")
+    if have != rows:
+        adapter = adapter.narrowed(rows.start - have.start, rows.length)
+    if target.swap:
+        adapter = adapter.swapped
+    tensors = adapter.factors(target.delta_shape)
+    return Factors(tensors, adapter.rank, adapter.alpha, isinstance(adapter, Full) and adapter.scale != 1)
 
 
 def overlap(one: Band, other: Band) -> Band:
@@ -57,8 +79,7 @@ def overlap(one: Band, other: Band) -> Band:
 
 def _part(adapter: object, rows: Band, wanted: Band) -> _Part | None:
     """What an adapter of these rows does to the wanted ones, without the directions that do nothing there."""
-    if type(adapter) is not LowRank:
-        raise AdapterError(f"is {type(adapter).__name__}, no plain LoRA.")
+    assert isinstance(adapter, LowRank)
     common = overlap(rows, wanted)
     if not common.length:
         return None

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..alpha import ADAPTER_CONFIG
+from ..errors import AdapterError
 from .base import Layout, Module
 
 
@@ -56,10 +57,13 @@ def metadata(source: Mapping[str, str], layout: Layout, family: str, modules: Se
         "modelspec.implementation": layout.implementation,
     }
     if layout.name == "kohya":
-        told["ss_network_dim"] = _one(module.factors.rank for module in modules)
-        told["ss_network_alpha"] = _one(module.factors.alpha for module in modules)
+        scaled = [module.factors for module in modules if module.factors.alpha is not None]
+        told["ss_network_dim"] = _one(factors.rank for factors in scaled)
+        told["ss_network_alpha"] = _one(factors.alpha for factors in scaled if factors.alpha is not None)
         if base:
-            told |= {"ss_base_model_version": base.version, "ss_network_module": base.module}
+            plain = all(module.factors.tensors.keys() == {"up", "down"} for module in modules)
+            told["ss_base_model_version"] = base.version
+            told["ss_network_module"] = base.module if plain else "lycoris.kohya"
     if layout.name == "diffusers":
         kept["lora_adapter_metadata"] = json.dumps(_of_networks(modules))
     return {**told, **kept}
@@ -82,17 +86,23 @@ def _of_networks(modules: Sequence[Module]) -> dict[str, object]:
 
 
 def configuration(modules: Sequence[Module]) -> dict[str, object]:
-    """PEFT's LoraConfig for modules of one network."""
+    """PEFT's LoraConfig for modules of one network. Raises AdapterError where not all of them are DoRA and some are."""
+    decomposed = ["magnitude" in module.factors.tensors for module in modules]
+    if any(decomposed) and not all(decomposed):
+        what = "is LoRA beside DoRA, and PEFT has one of them for all modules."
+        module = modules[decomposed.index(False)].full_name
+        raise AdapterError(what, module=module, remedy="Choose the layout kohya or comfy.")
     # PEFT matches ends of names; transformers from 5 on leaves out the model's own name in a text encoder.
     named = {module.name.removeprefix("text_model."): module.factors for module in modules}
     ranks = {name: factors.rank for name, factors in named.items()}
-    alphas = {name: factors.alpha for name, factors in named.items()}
+    alphas = {name: factors.alpha for name, factors in named.items() if factors.alpha is not None}
     return {
         "r": _usual(ranks),
         "lora_alpha": _usual(alphas),
         "rank_pattern": _pattern(ranks),
         "alpha_pattern": _pattern(alphas),
         "target_modules": sorted(named),
+        **({"use_dora": True} if any(decomposed) else {}),
     }
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..adapters import LowRank
 from ..dialects import DIALECTS, target_map
 from ..errors import AdapterError, LoraOpsError, TargetError, shown
 from ..families import Family, Shapes
 from ..landing import Landing, Piece, land
-from ..lora import Band, Lora, Target, TargetMap
+from ..lora import BIAS, Band, Lora, Target, TargetMap
 from ..stack import PARTS, Entry
-from .base import Layout, Module
-from .factors import factors, overlap
+from .base import Factors, Layout, Module
+from .factors import alpha_of, factors, overlap
 
 PEFT_PREFIX = "base_model.model."  # PEFT looks for these names only
 
@@ -30,7 +30,7 @@ def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes) -> Itera
 
     Raises TargetError or AdapterError, naming the module, if anything of the LoRA would be left out.
     """
-    _require_readable(lora, layout)
+    _require_readable(lora)
     targets = target_map(family, shapes)
     landing = land([Entry(lora, dict.fromkeys(PARTS, 1.0))], targets)
     _require_landed(landing, family)
@@ -43,7 +43,7 @@ def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes) -> Itera
             _require_named(pieces, spelled[place], layout)
             for each in spelled[place]:
                 if found := factors(pieces, each.target):
-                    yield Module(each.network, each.prefix, each.name, found)
+                    yield Module(each.network, each.prefix, each.name, _in_words(found, pieces, layout))
         except LoraOpsError as error:
             error.module, error.remedy = source[place], error.remedy or "Choose another layout."
             raise
@@ -53,21 +53,31 @@ def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes) -> Itera
             raise TargetError(what, module=source[place], remedy="Choose another layout.", networks=networks)
 
 
-def _require_readable(lora: Lora, layout: Layout) -> None:
-    for module, reason in lora.leftover:
+def _require_readable(lora: Lora) -> None:
+    for module, reason, _ in lora.leftover:
         raise AdapterError(f"cannot be read: {shown(reason)}.", module=module, remedy="Only a whole LoRA is written.")
-    for module, adapter in lora.modules.items():
-        if type(adapter) is not LowRank or adapter.mid is not None:
-            form = adapter.ALGEBRA if type(adapter) is not LowRank else "LoRA with a Tucker core"
-            what = f"is {form}, which the layout '{layout.name}' cannot hold."
-            raise AdapterError(what, module=module, remedy="Only plain LoRA is written.")
     if not lora.modules:
         raise AdapterError("has no modules.", remedy="There is nothing to write.")
 
 
+def _in_words(found: Factors, pieces: Sequence[Piece], layout: Layout) -> Factors:
+    """The factors as a layout calls them. Raises AdapterError for those that it has no words for."""
+    tensors, alpha = dict(found.tensors), found.alpha
+    if not layout.alpha:  # PEFT's: a magnitude is of the outputs, and every module has an alpha
+        magnitude = tensors.get("dora_scale")
+        if magnitude is not None and (magnitude.ndim == 1 or magnitude.shape[0] > 1):
+            inputs = [1] * (magnitude.ndim - 2)
+            tensors["magnitude"] = tensors.pop("dora_scale").reshape(*([1, -1, *inputs] if inputs else [-1]))
+            alpha = alpha_of(pieces[0].adapter.scale, found.rank)
+    if tensors.keys() - layout.words or (alpha is None and not layout.alpha):
+        names = ", ".join(sorted({piece.adapter.ALGEBRA for piece in pieces}))
+        raise AdapterError(f"is {names} ({', '.join(tensors)}), which the layout '{layout.name}' cannot hold.")
+    return found._replace(tensors=tensors, alpha=alpha)
+
+
 def _require_landed(landing: Landing, family: Family) -> None:
     (row,) = landing.rows
-    for module, reason in row.refused:
+    for module, reason, _ in row.refused:
         what = f"has no place in {family.title}: {shown(reason)}."
         raise TargetError(
             what, module=module, remedy="Name the family or the model it was made for.", family=family.name
@@ -94,6 +104,9 @@ def _spelled(
                 read = targets.names.get(prefix + name)
                 if read and read.target == target:
                     found[there].append(_Spelled(target, network, prefix, name))
+            key = re.sub("weight$", "bias", network + place.key)
+            if name and (component.part, key) in found and (bias := targets.names.get(f"{prefix}{name}{BIAS}")):
+                found[component.part, key].append(_Spelled(bias.target, network, prefix, name + BIAS))
     return {place: _disjoint(names) for place, names in found.items()}
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from ..adapters import Adapter, Additive, DoRA, LowRank, Transform
 from ..adapters.base import Product
 from ..errors import AdapterError, TargetError
-from ..live import CONVOLUTION, Kind, Link, _kind
+from ..live.modules import CONVOLUTION, Kind, Link, kind_of
 from ..lora import Lora
 from .frozen import Forward, WeightOf, frozen, is_map, stored_weight
 from .places import Place
@@ -197,7 +197,7 @@ class Hook:
         self._turns: list[Turn] = []
         if trained:
             try:
-                self._kind = _kind(module, name)
+                self._kind = kind_of(module, name)
             except TargetError as error:
                 what = error.what.replace("run live", "be trained")
                 raise TargetError(what, module=name, remedy="Choose other places.") from error

@@ -68,6 +68,16 @@ def stated_hash(path: str) -> str:
     return _stated[seen]
 
 
+def hash_of(file: Identity) -> str:
+    """The SHA-256 of the tensors that a file had then, if it has been computed, else ""."""
+    return _hashes.get(file, "")
+
+
+def file_of(lora: Lora) -> Identity | None:
+    """What a Lora was read from; None for one that is not of a file in memory."""
+    return next((loaded.file.identity for loaded in _files.values() if loaded.lora is lora), None)
+
+
 def tensor_hash(path: str) -> str:
     """The SHA-256 of a file's tensors, computed once for each content."""
     seen = identity(path)

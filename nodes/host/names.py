@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import folder_paths
 
@@ -35,6 +36,13 @@ class Found:
     name: str
     path: str
     asked: str = ""
+
+
+class Base(NamedTuple):
+    """A model's file: the kind of models folder that lists it, and its full path."""
+
+    kind: str
+    path: str
 
 
 def listed() -> list[str]:
@@ -70,8 +78,7 @@ def find(name: str, sha256: str = "") -> Found:
     names = {portable(entry): entry for entry in listed()}
     wanted = portable(name).strip("/")
     spelled = (wanted, wanted + EXTENSION)
-    tries = ([entry for entry in names if way(entry) == way(each)] for way in WAYS for each in spelled)
-    meant = next(filter(None, tries), [])
+    meant = _meant(spelled, names)
     remark = ""
     if len(meant) != 1 and sha256:
         near = difflib.get_close_matches(_base(wanted), names, n=len(names) or 1, cutoff=0)
@@ -86,6 +93,34 @@ def find(name: str, sha256: str = "") -> Found:
     if path is None:
         raise FileError("is listed in models/loras but cannot be opened (a broken link?).", file=name)
     return Found(names[meant[0]], path, "" if meant[0] in spelled else name)
+
+
+def _meant(spelled: Sequence[str], names: Iterable[str]) -> list[str]:
+    """Those that a name means, spelled with and without extension, in the first way in which it means any."""
+    tries = ([entry for entry in names if way(entry) == way(each)] for way in WAYS for each in spelled)
+    return next(filter(None, tries), [])
+
+
+BASES = ("checkpoints", "diffusion_models")
+
+
+def bases() -> list[str]:
+    """The files of whole models, as the host lists them, each behind its folder of models."""
+    listed = ((kind, name) for kind in BASES for name in folder_paths.get_filename_list(kind))
+    return [f"{kind}/{portable(name)}" for kind, name in listed if name.endswith(EXTENSION)]
+
+
+def base(name: str) -> Base:
+    """The file that such a name means, as find does, by its name alone. Raises FileError if none or several."""
+    wanted = portable(name).strip("/")
+    meant = _meant((wanted, wanted + EXTENSION), bases())
+    if len(meant) != 1:
+        raise _unclear(name, meant, difflib.get_close_matches(wanted, bases(), n=3, cutoff=0.5), "", "the models")
+    kind, _, inside = meant[0].partition("/")
+    path = folder_paths.get_full_path(kind, inside)
+    if path is None:
+        raise FileError(f"is listed in models/{kind} but cannot be opened (a broken link?).", file=name)
+    return Base(kind, path)
 
 
 def _holding(sha256: str, names: Mapping[str, str]) -> list[str]:
@@ -107,13 +142,15 @@ def _holding(sha256: str, names: Mapping[str, str]) -> list[str]:
     return []
 
 
-def _unclear(name: str, meant: Sequence[str], near: Sequence[str], remark: str) -> FileError:
+def _unclear(
+    name: str, meant: Sequence[str], near: Sequence[str], remark: str, where: str = "models/loras"
+) -> FileError:
     candidates = sorted(meant) or near
     told = [shown(each) for each in candidates[:CANDIDATES]]
     if meant:
-        what, remedy = f"means {len(meant)} files of models/loras.", f"Write one of: {', '.join(told)}."
+        what, remedy = f"means {len(meant)} files of {where}.", f"Write one of: {', '.join(told)}."
     else:
-        what = "is not in models/loras."
+        what = f"is not in {where}."
         remedy = f"Did you mean {' or '.join(told)}?" if near else "Put it there and refresh the node definitions."
     return FileError(what + remark, file=name, remedy=remedy, candidates=list(candidates))
 

@@ -31,6 +31,7 @@ from ...lora_ops.train.plan import Beginning, Plan
 from ...lora_ops.train.timesteps import Timesteps, recommended
 from ...lora_ops.train.wrapper import Wrapper
 from .caches import hooks_of
+from .live import turned
 from .patching import targets
 
 KEY = "lora_ops_train"
@@ -51,10 +52,14 @@ def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
 class Model:
     """A MODEL to train on: its own patcher around the same modules; the MODEL stays what it is.
 
-    Its sampling hands out the model's answer as it is, instead of the picture that the answer means.
+    Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
+    TrainingError for what runs live and looks at its weight: the gradient of that is not known here.
     """
 
     def __init__(self, model: Any) -> None:
+        for key in turned(model):
+            what = "has a DoRA or another change that depends on its weight on it live."
+            raise TrainingError(what, module=key, remedy="Put that LoRA on in mode patch to train on top of it.")
         self.patcher = model.clone()
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.patcher.add_object_patch("model_sampling", _answering(self.sampling))

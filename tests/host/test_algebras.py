@@ -110,9 +110,7 @@ def test_the_host_leaves_out_the_core_of_glora(model, apply):
     assert not theirs.any() and mine.norm() > 0.1
 
 
-LIVE = {name: case for name, case in RIGHT.items() if "GLoRA" not in name} | {
-    "LoKr conv with a core": (CONV, lambda weight: lokr(weight, "core"))
-}
+LIVE = RIGHT | {"LoKr conv with a core": (CONV, lambda weight: lokr(weight, "core"))}
 
 
 @pytest.mark.parametrize("case", LIVE)
@@ -122,12 +120,6 @@ def test_live_is_patch(model, apply, case):
     patched, live = (run(apply(model, (tensors, 7.0), mode=mode)) for mode in ("patch", "live"))
     # one weight of many: the rounding of all the others is some thousandths of what it changes
     assert (live - patched).norm() <= 0.02 * (patched - run(model)).norm()
-
-
-def test_glora_live_is_refused_with_the_remedy(model, apply, ours):
-    tensors = file(LINEAR, glora(weight_of(model, LINEAR)))
-    with pytest.raises(ours("lora_ops.errors").TargetError, match="GLoRA update, .* live. Use mode patch"):
-        apply(model, (tensors, 1.0), mode="live")
 
 
 def test_the_host_leaves_out_a_core_of_three_dimensions(pack, ours):

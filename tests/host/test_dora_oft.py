@@ -3,10 +3,13 @@ when it is mended. What is right is told by PEFT and LyCORIS (tests/oracles/test
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
+from harness import inside
 from harness.inside import patched_weights, run, weights
 
 SOME = 12  # modules: linear and convolution
@@ -170,13 +173,162 @@ def test_where_the_host_patches_per_forward_norms_are_taken_in_float32(sd15, bas
         assert (found.double() - exact).norm() < 1.001 * once
 
 
+# What a file has for a weight (or band) of a shape: each algebra that runs live.
+def _factors(kind: str, weight: Tensor, seed: int) -> dict[str, Tensor]:
+    rows, inputs, *kernel = weight.shape
+    ones, first = [1] * len(kernel), next(n for n in (8, 4, 2, 1) if rows % n == 0)
+    pair = {
+        "lora_up.weight": 0.3 * noise(rows, 4, *ones, seed=seed),
+        "lora_down.weight": 0.3 * noise(4, inputs, *kernel, seed=seed + 1),
+    }
+    axis = int(kind.endswith("per input"))
+    norms = (weight**2).sum([n for n in range(weight.ndim) if n != axis], keepdim=True).sqrt()
+    norms = norms * (1 + 0.1 * noise(*norms.shape, seed=seed))
+    mix = {"a1": (inputs, 2, *ones), "a2": (2, inputs, *ones), "b1": (rows, 2, *ones), "b2": (2, inputs, *kernel)}
+    return {
+        "DoRA per output": lambda: pair | {"dora_scale": norms},
+        "DoRA per input": lambda: pair | {"dora_scale": norms},
+        "DoRA of PEFT": lambda: pair | {"lora_magnitude_vector": norms.flatten()},
+        "(IA)3 per output": lambda: {"weight": 0.3 * noise(rows, seed=seed), "on_input": torch.tensor(0)},
+        "(IA)3 per input": lambda: {"weight": 0.3 * noise(1, inputs, *ones, seed=seed), "on_input": torch.tensor(1)},
+        "Diag-OFT": lambda: {
+            "oft_blocks": 0.1 * noise(rows // first, first, first, seed=seed),
+            "rescale": 1 + 0.1 * noise(rows, *ones, seed=seed),
+        },
+        "GLoRA": lambda: {f"{name}.weight": 0.3 * noise(*shape, seed=seed) for name, shape in mix.items()},
+    }[kind]()
+
+
+LIVE = ("DoRA per output", "DoRA per input", "DoRA of PEFT", "(IA)3 per output", "(IA)3 per input", "Diag-OFT", "GLoRA")
+
+
+def made_of(kinds: Sequence[str], model, ours, tensors: dict[str, Tensor], every: int = 3) -> dict[str, Tensor]:
+    """A file of these algebras in turn, for some of the modules that a LoRA file names."""
+    names, before = ours("nodes.host.patching").targets(model, None).names, weights(model)
+    ends = (".lora_up.weight", ".lora_B.weight")
+    modules = [key.removesuffix(end) for key in tensors for end in ends if key.endswith(end)]
+    file = {}
+    for seed, module in enumerate(modules[::every]):
+        target = names[module].target
+        weight = before[target.key].float()[target.rows.start : target.rows.end]
+        found = _factors(kinds[seed % len(kinds)], weight, seed)
+        file |= {f"{module}.{name}": tensor for name, tensor in found.items()}
+    return file
+
+
+def far(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize(("family", "number"), [("sd15", 0), ("sdxl", 0), ("flux", 0), ("flux", 2)])
+def test_what_depends_on_its_weight_runs_live_as_it_patches(models, ours, samples, apply, family, number):
+    """Between LoRAs that run before and after it; diffusers' names of FLUX are bands of fused weights."""
+    model = models[family]
+    before, after = ((samples(model, number, seed=seed), 0.6) for seed in (1, 2))
+    stack = [before, (made_of(LIVE, model, ours, before[0]), 0.7), after]
+    patched, live = (run(apply(model, *stack, mode=mode)) for mode in ("patch", "live"))
+    without = run(apply(model, before, after, mode="patch"))
+    assert far(live, patched) < 1e-5 < 1e-3 < far(without, patched)
+
+
+def test_a_schedule_runs_what_depends_on_its_weight(sd15, ours, samples, apply):
+    """Live in every mode. Off at first, as without it; on, as patched; its norms follow the LoRA before it."""
+    landing, stack, patching = ours("lora_ops.landing"), ours("lora_ops.stack"), ours("nodes.host.patching")
+    from_file, file = ours("lora_ops.lora").from_file, ours("lora_ops.files").TensorFile
+    plain = samples(sd15, 0, seed=1)
+    other = made_of(LIVE, sd15, ours, plain)
+    loras = [from_file(file("x", tensors)) for tensors in (plain, other)]
+
+    def scheduled(*schedules) -> Tensor:
+        one = {"model": 1.0, "clip": 1.0}
+        entries = [stack.Entry(*pair) for pair in zip(loras, [one, one], schedules, strict=True)]
+        landed = landing.land(entries, patching.targets(sd15, None))
+        done = patching.applied(landed, "patch", sd15, None)
+        assert done.how == {"model": "live, for the schedule"}
+        return run(done.model)
+
+    # the call of `run` is at timestep 0.5, the end of sampling
+    on, off = stack.Schedule(start=0.2), stack.Schedule(end=0.2)
+    half = stack.Schedule(points=((0.0, 1.0), (1.0, 0.5)))
+    sampling, sigma = sd15.model.model_sampling, 0.5
+    percent = next(p for p in torch.linspace(0, 1, 1001).tolist() if float(sampling.percent_to_sigma(p)) <= sigma)
+    for schedules, strengths in (
+        ((on, on), (1.0, 1.0)),
+        ((on, off), (1.0, 0.0)),
+        ((off, on), (0.0, 1.0)),
+        ((half, on), (half.at(percent), 1.0)),
+    ):
+        patched = run(apply(sd15, *zip((plain, other), strengths, strict=True)))
+        assert far(scheduled(*schedules), patched) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_on_an_fp8_base_it_runs_live_within_a_percent_of_what_baking_leaves(pack, ours, apply, dtype):
+    model = inside.model("flux", dtype)
+    layer = model.model.diffusion_model.single_blocks[0].linear2
+    key, module = "diffusion_model.single_blocks.0.linear2.weight", "lora_unet_single_blocks_0_linear2"
+    x, exact = noise(3, layer.in_features), layer.weight.double()
+    plain = layer(x).double()
+
+    def error(tensors: dict[str, Tensor], mode: str) -> float:
+        patcher = apply(model, (tensors, 0.5), mode=mode)
+        assert (key in patcher.patches) == (mode == "patch")
+        run(patcher)
+        return far(layer(x).double() - plain, update)
+
+    for kind in LIVE:
+        file = {f"{module}.{name}": tensor for name, tensor in _factors(kind, exact.float(), 1).items()}
+        lora, changed = ours("lora_ops.lora").from_file(ours("lora_ops.files").TensorFile("x", file)), exact.clone()
+        lora.modules[module].add_(changed, 0.5)
+        update = x.double() @ (changed - exact).T
+        assert error(file, "auto") < 0.01 * error(file, "patch"), kind
+    model.detach()
+
+
 @pytest.mark.parametrize("mode", ["live", "auto"])
 def test_what_cannot_run_live_says_so(models, base, apply, ours, mode, monkeypatch):
+    """PEFT's OFT rotates inputs and kernels as one, which no module sees."""
     errors, live = ours("lora_ops.errors"), ours("nodes.host.live")
     monkeypatch.setattr(live, "coarse", lambda _, keys: dict.fromkeys(keys, "float8_e4m3fn"))
-    for file, words in ((dora(base, "dora_scale", False), "DoRA"), (oft(base), "Diag-OFT")):
-        with pytest.raises(errors.TargetError, match=f"{words} update, which cannot run live.*mode patch"):
-            apply(models["sd15"], (file, 1.0), mode=mode)
+    rotations = {f"{m}.oft_R.weight": 0.1 * noise(weight[0].numel() // 4, 6) for m, (_, weight, _) in base.items()}
+    with pytest.raises(errors.TargetError, match=r"OFT update, which cannot run live.*mode patch"):
+        apply(models["sd15"], (rotations, 1.0), mode=mode)
+
+
+def test_in_a_schedule_what_cannot_run_live_has_another_remedy(sd15, base, ours):
+    landing, stack, patching = ours("lora_ops.landing"), ours("lora_ops.stack"), ours("nodes.host.patching")
+    rotations = {f"{m}.oft_R.weight": 0.1 * noise(weight[0].numel() // 4, 6) for m, (_, weight, _) in base.items()}
+    lora = ours("lora_ops.lora").from_file(ours("lora_ops.files").TensorFile("x", rotations))
+    entry = stack.Entry(lora, {"model": 1.0, "clip": 1.0}, stack.Schedule(start=0.2))
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="take the schedules out"):
+        patching.applied(landing.land([entry], patching.targets(sd15, None)), "patch", sd15, None)
+
+
+def test_a_patch_below_a_live_dora_is_seen_and_one_after_it_is_refused(sd15, base, apply, ours, samples):
+    import comfy.sd
+
+    plain, of_outputs = samples(sd15, 0, seed=2), dora(base, "dora_scale", False)
+    error = ours("lora_ops.errors").TargetError
+    below = apply(apply(sd15, (plain, 0.8)), (of_outputs, 0.5), mode="live")
+    truth = run(apply(sd15, (plain, 0.8), (of_outputs, 0.5)))
+    assert far(run(below), truth) < 1e-5
+    other = apply(apply(sd15, (plain, -0.4)), (of_outputs, 0.5), mode="live")  # the norms are of other weights now
+    assert far(run(other), run(apply(sd15, (plain, -0.4), (of_outputs, 0.5)))) < 1e-5
+    assert far(run(below), truth) < 1e-5
+    with pytest.raises(error, match="it would see the one that comes after. Put this one before"):
+        apply(apply(sd15, (of_outputs, 0.5), mode="live"), (plain, 1.0))
+    foreign = comfy.sd.load_lora_for_models(apply(sd15, (of_outputs, 0.5), mode="live"), None, dict(plain), 1.0, 0)[0]
+    with pytest.raises(error, match="was patched after .* Put that patch before it"):
+        run(foreign)
+    sd15.detach()
+
+
+def test_a_live_dora_beside_the_bypass_of_the_host_sees_its_own_weight_alone(sd15, base, apply, samples):
+    from tests.host.test_live import bypass
+
+    plain, of_outputs = samples(sd15, 0, seed=2), dora(base, "dora_scale", False)
+    mixed = run(apply(bypass(sd15, plain, 0.8), (of_outputs, 0.5), mode="live"))
+    assert far(mixed, run(apply(sd15, (of_outputs, 0.5), (plain, 0.8)))) < 1e-5
 
 
 def test_a_dora_patched_after_a_live_lora_would_not_see_it(sd15, base, apply, ours, samples):

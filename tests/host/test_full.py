@@ -164,3 +164,29 @@ def test_what_cores_trainer_makes_lands_whole_and_as_cores_loader_puts_it(pack, 
     assert sum(not torch.equal(mine[key], base[key]) for key in mine) > len(weights) / 2
     for key in mine:
         torch.testing.assert_close(mine[key], theirs[key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.01, -1.0])
+def test_a_control_lora_of_black_forest_labs_replaces_nothing_and_says_so(models, ours, strength):
+    """It makes img_in wider and brings norms of its own, which ComfyUI's loader puts in whole at any strength."""
+    model = models["flux"]
+    files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")
+    landing, patching, told = ours("lora_ops.landing"), ours("nodes.host.patching"), ours("lora_ops.receipt")
+    norm = "double_blocks.0.img_attn.norm.key_norm.scale"
+    width, inputs = model.model.state_dict()["diffusion_model.img_in.weight"].shape
+    tensors = {
+        "img_in.lora_A.weight": torch.ones(2, 2 * inputs),
+        "img_in.lora_B.weight": torch.ones(width, 2),
+        "double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(2, width),
+        "double_blocks.0.img_attn.proj.lora_B.weight": torch.ones(width, 2),
+        norm: torch.full((128,), 7.0),
+    }
+    found = lora.from_file(files.TensorFile("control", tensors))
+    landed = landing.land([stack.Entry(found, {"model": strength})], patching.targets(model, None))
+    (row,) = landed.rows
+    refused = {refusal.module: refusal for refusal in row.refused}
+    assert refused.keys() == {"img_in", norm.removesuffix(".scale")}
+    assert f"the weight has ({width}, {inputs})" in refused["img_in"].reason
+    assert "set_weight, which no strength scales" in refused[norm.removesuffix(".scale")].reason
+    assert "ComfyUI's own loader" in told.receipt(landed, 0.0).text
+    assert [key for _, key in landed.pieces] == ["diffusion_model.double_blocks.0.img_attn.proj.weight"]

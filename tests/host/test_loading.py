@@ -163,7 +163,34 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
             ],
         ),
         "LoraOpsTriggerWords": (["lora", "lora_stack"], [("STRING", "trigger_words")]),
+        "LoraOpsPatches": (["model", "clip"], [("STRING", "report")]),
+        "LoraOpsUnload": (["model", "clip", "which"], [("MODEL", "MODEL"), ("CLIP", "CLIP")]),
+        "LoraOpsMerge": (
+            ["model", "clip", "lora", "lora_stack", "strength_model", "strength_clip", "min_coverage"],
+            [("MODEL", "MODEL"), ("CLIP", "CLIP"), ("STRING", "receipt")],
+        ),
         "LoraOpsScale": (["lora", "strength", "blocks", "model"], [("LORA_MODEL", "lora")]),
+        "LoraOpsSaveCheckpoint": (
+            [
+                *("model", "clip", "vae", "filename_prefix", "layout"),
+                *("dtype_model", "dtype_clip", "dtype_vae", "destination", "if_exists"),
+            ],
+            [("STRING", "path"), ("STRING", "receipt")],
+        ),
+        "LoraOpsSaveLora": (
+            [
+                *("lora", "filename_prefix", "layout", "dtype", "trigger_words"),
+                *("destination", "if_exists", "model", "clip"),
+            ],
+            [("STRING", "path")],
+        ),
+        "LoraOpsMergeFiles": (
+            [
+                *("base", "stack", "dtype", "filename_prefix"),
+                *("destination", "if_exists", "lora_stack", "min_coverage"),
+            ],
+            [("STRING", "path"), ("STRING", "receipt")],
+        ),
     }
 
 

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from harness.server import WorkflowError
 from lora_ops.files import read, tensor_hash, write
@@ -290,7 +291,7 @@ def test_a_bad_file_is_an_error_and_the_server_lives(server, sd15):
     with pytest.raises(WorkflowError, match="is a Python pickle"):
         server.post(stacked(sd15, "<lora:bad:1>"))
     nan = {"lora_unet_middle_block_1_proj_in.lora_up.weight": torch.tensor([[float("nan")]])}
-    write(bad, nan, overwrite=True)
+    bad.write_bytes(save(nan))
     with pytest.raises(WorkflowError, match="NaN"):
         server.post(stacked(sd15, "<lora:bad:1>"))
     bad.unlink()

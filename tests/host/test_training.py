@@ -14,7 +14,7 @@ from harness import inside
 CASES = {
     "sd15": (768, 0, (4, 8, 8)),
     "sdxl": (2048, 1280, (4, 8, 8)),
-    "sd35_medium": (64, 64, (16, 16, 16)),
+    "sd35_medium": (64, 32, (16, 16, 16)),
     "flux": (64, 768, (16, 16, 16)),
     "flux2": (64, 0, (128, 8, 8)),
     "flux2_klein": (64, 0, (128, 8, 8)),
@@ -26,13 +26,13 @@ CASES = {
     "z_image": (64, 0, (16, 16, 16)),
     "kandinsky5": (3584, 768, (16, 1, 16, 16)),
 }
-STEPS = {"sd15": 6, "sdxl": 6}  # the UNets' take tenths of a second
-CHANGES = {  # as much smaller still as this allows
+CHANGES = {  # smaller still, or as large as can run
     "sdxl": {
         "transformer_depth": [0, 0, 1, 1, 1, 1],
         "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
         "transformer_depth_middle": 1,
-    }
+    },
+    "z_image": {"dim": 256, "axes_dims": [32, 48, 48]},  # what the host's time embedding is wide, at least
 }
 
 
@@ -69,7 +69,7 @@ class Session:
             for name, buffer in self.patcher.model.diffusion_model.named_buffers():
                 buffer.copy_(torch.zeros_like(buffer)) if name == "pos_embed" else None  # else it is uninitialised
             self.model = train.host.Model(self.patcher)
-            self.plan = train.plan.Plan(**{"steps": 16, "descent": train.optimizers.Descent(rate=1e-2)} | plan)
+            self.plan = train.plan.Plan(**{"steps": 8, "descent": train.optimizers.Descent(rate=3e-2)} | plan)
             self.item = self.model.item(noise(*CASES[family][2], seed=3), conditioning(family))
             targets = self.model.targets()
             self.where = self.plan.places(targets)
@@ -108,12 +108,12 @@ def footprint(patcher):
 def test_the_loss_of_one_picture_falls_and_the_model_stays_as_it_was(train, family):
     import comfy.model_management
 
-    session = Session(train, family, steps=STEPS.get(family, 16))
+    session = Session(train, family)
     comfy.model_management.load_models_gpu([session.patcher])
     attributes, parameters, weights = footprint(session.patcher)
     sampling, state = session.patcher.model.model_sampling, torch.get_rng_state()
     before, after = session.learn()
-    assert after < 0.99 * before
+    assert after < (0.99 if family == "flux2_klein" else 0.9) * before  # its one block's gates are nearly closed
     assert torch.equal(torch.get_rng_state(), state) and not comfy.model_management.in_training
     assert session.patcher.model.model_sampling is sampling
     now = footprint(session.patcher)
@@ -263,12 +263,25 @@ def test_a_model_with_patches_and_live_loras_trains_as_it_samples(train, models,
     assert torch.equal(inside.run(both), sampled)
 
 
+def test_what_looks_at_its_weight_live_is_refused_by_name(train, models, samples, apply):
+    model = models["flux"]
+    tensors = samples(model, 0, seed=1)
+    down = next(key for key in tensors if key.endswith("lora_down.weight"))
+    module = down.removesuffix(".lora_down.weight")
+    dora = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{module}.")}
+    dora[f"{module}.dora_scale"] = torch.ones(len(dora[f"{module}.lora_up.weight"]), 1)
+    with pytest.raises(train.errors.TrainingError, match="DoRA") as caught:
+        train.host.Model(apply(model, (dora, 1.0), mode="live"))
+    assert caught.value.module.endswith(".weight")
+    train.host.Model(apply(model, (dora, 1.0), mode="patch"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_models_of_other_types_learn(train, dtype):
     patcher = inside.model("flux", dtype)
     before = inside.weights(patcher)
     loss, lower = Session(train, "flux", patcher).learn()
-    assert lower < 0.97 * loss
+    assert lower < 0.9 * loss
     assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
 
 
@@ -289,26 +302,26 @@ def test_a_quantised_model_learns(train):
         quantised.bias = plain.bias
         block.qkv = quantised
     loss, lower = Session(train, "flux", patcher).learn()
-    assert lower < 0.97 * loss
+    assert lower < 0.9 * loss
 
 
 @pytest.mark.parametrize("algebra", ["dora", "lokr", "loha", "oft"])
 def test_every_algebra_learns(train, algebra):
     loss, lower = Session(train, "sd35_medium", algebra=algebra, aims=(train.places.Aim(rank=4),)).learn()
-    assert lower < 0.99 * loss
+    assert lower < 0.9 * loss
 
 
 @pytest.mark.parametrize("initial", ["pissa_niter_4", "olora", "orthogonal", "eva"])
 def test_every_initialisation_learns_and_what_it_learned_lands(train, ours, initial):
     """FLUX's q, k and v each begin at directions of their own rows; the file alone makes the same of the model."""
     aims = (train.places.Aim(rank=4),)
-    session = Session(train, "flux", steps=8, initial=initial, aims=aims)
+    session = Session(train, "flux", initial=initial, aims=aims)
     sampled = inside.run(session.patcher)
     with torch.inference_mode(), session.running():
         start = trained_picture(session, inside.call(session.patcher))
     assert (start - sampled).norm() < 1e-6 * sampled.norm()
     loss, lower = session.learn()
-    assert lower < 0.99 * loss
+    assert lower < 0.9 * loss
     learned = session.wrapper.lora("learned")
     doubled = initial in ("pissa_niter_4", "olora")
     assert {each.rank for each in learned.modules.values()} == {8 if doubled else 4}

@@ -6,11 +6,13 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import safetensors.torch
 import torch
+
+from lora_ops.lora import BIAS, Named, Target, TargetMap
 
 MIB = 1 << 20
 DTYPES = {
@@ -58,7 +60,7 @@ class Refused(NamedTuple):
 
 
 class Good(NamedTuple):
-    """A file that must be read, equal to what the safetensors library reads."""
+    """A file that must be read, equal to what the safetensors library reads; a LoRA must land on MODEL, too."""
 
     name: str
     make: Callable[[], bytes]
@@ -229,6 +231,102 @@ STRUCTURAL: tuple[Bad, ...] = (
     ),
 )
 
+# How the main writers spell the two halves of a LoRA.
+HALVES = {
+    "kohya": (".lora_down.weight", ".lora_up.weight"),
+    "PEFT": (".lora_A.weight", ".lora_B.weight"),
+    "PEFT with a name": (".lora_A.default.weight", ".lora_B.default.weight"),
+    "diffusers' scripts": (".lora.down.weight", ".lora.up.weight"),
+    "attention processors": ("_lora.down.weight", "_lora.up.weight"),
+    "transformers": (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "Mochi": (".lora_A", ".lora_B"),
+}
+
+# Every algebra: the factors of a file for a weight of MODEL. Those of a module that is called "linear" are for (4, 6).
+_LORA = {"lora_up.weight": (4, 2), "lora_down.weight": (2, 6)}
+_LOHA = {"hada_w1_a": (4, 2), "hada_w1_b": (2, 6), "hada_w2_a": (4, 2), "hada_w2_b": (2, 6)}
+_LOKR = {"lokr_w1_a": (2, 2), "lokr_w1_b": (2, 3), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 2)}
+_CORE = (2, 2, 3, 3)
+ALGEBRAS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
+    "LoRA": ("linear", _LORA),
+    "LoRA of a convolution": ("conv", {"lora_up.weight": (4, 2, 1, 1), "lora_down.weight": (2, 6, 3, 3)}),
+    "LoRA with a core": (
+        "conv",
+        {"lora_up.weight": (4, 2, 1, 1), "lora_mid.weight": _CORE, "lora_down.weight": (2, 6, 1, 1)},
+    ),
+    "DoRA": ("linear", {**_LORA, "dora_scale": (4, 1)}),
+    "DoRA of inputs": ("linear", {**_LORA, "dora_scale": (1, 6)}),
+    "DoRA of PEFT": ("linear", {"lora_B.weight": (4, 2), "lora_A.weight": (2, 6), "lora_magnitude_vector": (4,)}),
+    "DoRA of ai-toolkit": ("linear", {**_LORA, "magnitude": (4,)}),
+    "LoHa": ("linear", _LOHA),
+    "LoHa of a convolution": ("conv", {**_LOHA, "hada_w1_b": (2, 54), "hada_w2_b": (2, 54)}),
+    "LoHa with cores": (
+        "conv",
+        {
+            **{name: shape[::-1] if name.endswith("_a") else shape for name, shape in _LOHA.items()},
+            "hada_t1": _CORE,
+            "hada_t2": _CORE,
+        },
+    ),
+    "DoRA around LoHa": ("linear", {**_LOHA, "dora_scale": (4, 1)}),
+    "LoKr": ("linear", _LOKR),
+    "LoKr of matrices": ("linear", {"lokr_w1": (2, 3), "lokr_w2": (2, 2)}),
+    "LoKr with a core": (
+        "conv",
+        {"lokr_w1": (2, 3), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 2), "lokr_t2": _CORE},
+    ),
+    "GLoRA": ("linear", {"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (4, 2), "b2.weight": (2, 6)}),
+    "Diag-OFT": ("linear", {"oft_blocks": (2, 2, 2)}),
+    "BOFT": ("linear", {"oft_blocks": (2, 2, 2, 2), "rescale": (4, 1)}),
+    "OFT of PEFT": ("linear", {"oft_R.weight": (3, 1)}),
+    "(IA)3 of LyCORIS": ("linear", {"weight": (4,), "on_input": ()}),
+    "(IA)3 of PEFT": ("linear", {"ia3_l": (1, 6)}),
+    "(IA)3 of PEFT on outputs": ("linear", {"ia3_l": (4, 1)}),
+    "a difference": ("linear", {"diff": (4, 6)}),
+    "a bias's difference": ("linear", {"diff_b": (4,)}),
+    "a norm": ("norm", {"w_norm": (8,), "b_norm": (8,)}),
+    "a LoRA with a bias": ("linear", {"lora_B.weight": (4, 2), "lora_A.weight": (2, 6), "lora_B.bias": (4,)}),
+}
+
+SHAPES = {"linear": (4, 6), "conv": (4, 6, 3, 3), "norm": (8,), "square": (32, 32)}
+
+
+def _model() -> TargetMap:
+    """A model of one part with a weight and a bias of each kind, called as in a file of ComfyUI's spelling."""
+    targets = {name: Target("model", f"{name}.weight", shape) for name, shape in SHAPES.items()}
+    biases = {f"{name}{BIAS}": Target("model", f"{name}.bias", shape[:1]) for name, shape in SHAPES.items()}
+    names = {f"unet.{name}": Named(target, "comfy") for name, target in (targets | biases).items()}
+    return TargetMap("none", names, lambda name: (names[name],) if name in names else (), (*targets.values(),))
+
+
+MODEL = _model()
+
+
+def shape_of(key: str) -> tuple[int, ...]:
+    """Of a weight or bias of MODEL."""
+    name, _, kind = key.partition(".")
+    return SHAPES[name][:1] if kind == "bias" else SHAPES[name]
+
+
+def factors(name: str, change: Mapping[str, tuple[int, ...] | None] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of an algebra's file, all ones; change gives factors another shape, or none."""
+    module, shapes = ALGEBRAS[name]
+    wanted = {**shapes, **(change or {})}
+    made = {f"unet.{module}.{factor}": torch.ones(shape) for factor, shape in wanted.items() if shape is not None}
+    return {key: torch.zeros(()).int() if key.endswith("on_input") else tensor for key, tensor in made.items()}
+
+
+def pair(dialect: str, *shapes: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """down and up of these shapes as a dialect spells them."""
+    ends = zip(HALVES[dialect], shapes, strict=True)
+    return {f"unet.linear{end}": torch.ones(shape) for end, shape in ends if shape is not None}
+
+
+def _nan(tensors: dict[str, torch.Tensor], key: str) -> Callable[[], bytes]:
+    broken = tensors[key].clone()
+    broken.view(-1)[-1] = math.nan
+    return saved(tensors | {key: broken})
+
 
 def _with_bits(dtype: str, bits: int) -> Callable[[], bytes]:
     """A tensor whose last value, of 33, is the one that is not finite."""
@@ -244,14 +342,24 @@ VALUES: tuple[Bad, ...] = (
     ),
     Bad("alpha NaN", saved(lora(alpha=torch.tensor(math.nan))), "alpha' holds NaN or Inf"),
     Bad("alpha Inf", saved(lora(alpha=torch.tensor(math.inf))), "alpha' holds NaN or Inf"),
+    *(
+        Bad(f"NaN in a half of {dialect}", _nan(pair(dialect, (2, 6), (4, 2)), f"unet.linear{ends[1]}"), "holds NaN")
+        for dialect, ends in HALVES.items()
+    ),
+    *(
+        Bad(f"NaN in {name}", _nan(factors(name), key), f"'{key}' holds NaN or Inf")
+        for name in ALGEBRAS
+        for key in list(factors(name))[:1]
+    ),
 )
 
 _FLOAT8 = torch.zeros(4, 2).to(torch.int8)
+_UP = "lora_up.weight"
 
 SEMANTIC: tuple[Refused, ...] = (
     Refused("missing up", saved({"m.lora_down.weight": torch.ones(2, 3)}), "m", "lacks its up"),
     Refused("missing down", saved({"m.lora_up.weight": torch.ones(4, 2)}), "m", "lacks its down"),
-    Refused("alpha alone", saved({"m.alpha": torch.tensor(1.0)}), "m", "lacks its down, up"),
+    Refused("alpha alone", saved(factors("LoRA") | {"m.alpha": torch.tensor(1.0)}), "m", "lacks its down, up"),
     Refused("rank mismatch", saved(lora("m", down=torch.ones(3, 3))), "m", "do not share one rank"),
     Refused("transposed", saved(lora("m", up=torch.ones(2, 4), down=torch.ones(3, 2))), "m", "do not share one rank"),
     Refused("rank zero", saved(lora("m", up=torch.ones(4, 0), down=torch.ones(0, 3))), "m", "no matrix"),
@@ -316,7 +424,7 @@ SEMANTIC: tuple[Refused, ...] = (
         "m",
         "dora_scale around OFT",
     ),
-    Refused("set_weight", saved({"m.set_weight": torch.ones(4, 3)}), "m", "has set_weight"),
+    Refused("set_weight", saved(factors("LoRA") | {"m.set_weight": torch.ones(4, 3)}), "m", "has set_weight"),
     Refused("a norm that replaces", saved(lora("m") | {"n.key_norm.scale": torch.ones(4)}), "n.key_norm", "set_weight"),
     Refused(
         "a bundled text embedding",
@@ -330,9 +438,72 @@ SEMANTIC: tuple[Refused, ...] = (
         "blocks.0.self_attn.q_loras.down.weight",
         "reference picture",
     ),
+    *(
+        Refused(f"{fault} in {dialect}", saved(pair(dialect, *shapes)), "unet.linear", phrase)
+        for dialect in HALVES
+        for fault, phrase, shapes in (
+            ("no down", "lacks its down", (None, (4, 2))),
+            ("no up", "lacks its up", ((2, 6), None)),
+            ("transposed halves", "do not share one rank", ((6, 2), (2, 4))),
+            ("two ranks", "do not share one rank", ((3, 6), (4, 2))),
+        )
+    ),
+    *(
+        Refused(f"{name} without its {lost}", saved(factors(name, {lost: None})), "unet.linear", "lacks its")
+        for name, lost in (("LoHa", "hada_w1_b"), ("LoKr", "lokr_w1_a"), ("GLoRA", "b2.weight"), ("DoRA", _UP))
+    ),
+    *(
+        Refused(f"{name} of two ranks", saved(factors(name, {factor: shape})), f"unet.{ALGEBRAS[name][0]}", phrase)
+        for name, factor, shape, phrase in (
+            ("LoHa", "hada_w1_a", (4, 3), "different shapes"),
+            ("LoHa with cores", "hada_t1", (3, 3, 3, 3), "do not fit"),
+            ("LoKr", "lokr_w1_a", (2, 3), "share no rank"),
+            ("GLoRA", "b1.weight", (4, 3), "do not share one rank"),
+            ("DoRA", "lora_up.weight", (4, 3), "do not share one rank"),
+            ("LoRA with a core", "lora_mid.weight", (3, 2, 3, 3), "is no core"),
+        )
+    ),
     Refused("an unknown suffix", saved(lora("m") | {"m.wobble": torch.ones(1)}), "m.wobble", "no known factor name"),
     Refused("a suffix alone", saved(lora("m") | {".lora_up.weight": torch.ones(1)}), ".lora_up.weight", "no known"),
 )
+
+
+def _bomb(module: str, **tensors: tuple[int, ...]) -> Callable[[], bytes]:
+    """A small file whose product would be gigabytes."""
+    return saved({f"unet.{module}.{name.replace('__', '.')}": torch.ones(shape) for name, shape in tensors.items()})
+
+
+def _misfits() -> Iterator[Refused]:
+    """Whole modules that do not fit the weight of their name, or that have none."""
+    for name, (module, _) in ALGEBRAS.items():
+        if module == "linear" and not name.startswith(("a LoRA with", "(IA)3 of Ly")):
+            wide = {"a bias's difference": (5,)}.get(name)
+            tensors = {key.replace("linear", "square"): tensor for key, tensor in factors(name).items()}
+            found = f"unet.square{BIAS}" if wide else "unet.square"
+            yield Refused(f"{name} for a smaller weight", saved(tensors), found, "the weight has (32")
+    for name, up, down, place in (
+        ("a LoRA for a convolution", (4, 2, 1, 1), (2, 6, 3, 3), "linear"),
+        ("a LoRA for a matrix", (4, 2), (2, 6), "conv"),
+        ("as many numbers in another shape", (16, 2), (2, 64), "square"),
+        ("a wrong number of inputs", (4, 2), (2, 7), "linear"),
+        ("a LoRA stored transposed", (6, 2), (2, 4), "linear"),
+    ):
+        tensors = {f"unet.{place}.lora_up.weight": torch.ones(up), f"unet.{place}.lora_down.weight": torch.ones(down)}
+        yield Refused(f"{name} on {place}", saved(tensors), f"unet.{place}", "the weight has (")
+    yield Refused("a norm of another size", _bomb("norm", w_norm=(9,)), "unet.norm", "the weight has (8,)")
+    yield Refused("a magnitude of another size", saved(factors("DoRA", {"dora_scale": (5, 1)})), "unet.linear", "5 out")
+    wide = (30_000, 1)
+    yield Refused("a bomb of two halves", _bomb("linear", lora_up__weight=wide, lora_down__weight=wide[::-1]),
+                  "unet.linear", "update of (30000, 30000)")  # fmt: skip
+    yield Refused("a bomb of a product of matrices", _bomb("linear", lokr_w1=(200, 200), lokr_w2=(200, 200)),
+                  "unet.linear", "update of (40000, 40000)")  # fmt: skip
+    yield Refused("a bomb of entries", _bomb("linear", hada_w1_a=wide, hada_w1_b=wide[::-1], hada_w2_a=wide,
+                  hada_w2_b=wide[::-1]), "unet.linear", "update of (30000, 30000)")  # fmt: skip
+    for name in ("lora_unet_double_blocks_0_img_attn_qkv", "unet.nowhere", "../../etc/passwd", "a\n\x1b[2JINFO fine"):
+        yield Refused(f"a LoRA for {name!r}", saved(lora(name)), name, "no")
+
+
+MISFITS = tuple(_misfits())
 
 _CHECKPOINT = {f"blocks.{n}.weight": torch.ones(4, 4) for n in range(20)}
 
@@ -375,7 +546,7 @@ def _largest(dtype: str) -> bytes:
 
 _NAMES = ("", "ü.λ", "日本語", "🦊.lora_up.weight", "a b", 'say "a"', "back\\slash", "\0\x1b[2J", "‮.alpha", "a" * 512)
 
-GOOD: tuple[Good, ...] = (
+_CONTAINERS: tuple[Good, ...] = (
     *(Good(f"{name} vector", lambda name=name: _every_dtype([name])) for name in DTYPES),
     Good("every dtype, aligned", lambda: _every_dtype(sorted(DTYPES, key=lambda name: -DTYPES[name].itemsize))),
     Good("every dtype, misaligned", lambda: _every_dtype(["U8", *DTYPES])),
@@ -400,25 +571,47 @@ GOOD: tuple[Good, ...] = (
     Good("metadata of all kinds", saved(lora(), {"html": "<script>", "escape": "\x1b[2J\0", "bidi": "‮", "fox": "🦊"})),
     Good("metadata named like a field", saved(lora(), {"data_offsets": "data_offsets", "dtype": "F32"})),
     Good("large metadata", saved(lora(), {"ss_tag_frequency": '{"a, b": 1}' * 50_000})),
-    Good("linear LoRA", saved(lora())),
-    Good("linear LoRA, half", saved({name: tensor.half() for name, tensor in lora().items()})),
-    Good("LoRA in fp8", saved({name: tensor.to(torch.float8_e4m3fn) for name, tensor in lora().items()})),
-    Good("mixed precision", saved(lora(down=torch.ones(2, 3).bfloat16(), up=torch.ones(4, 2).half()))),
-    Good("convolution LoRA", saved(lora(up=torch.ones(4, 2, 1, 1), down=torch.ones(2, 3, 3, 3)))),
-    Good("DoRA", saved(lora() | {"unet.block.dora_scale": torch.ones(4, 1)})),
-    Good("Diag-OFT", saved({"unet.block.oft_blocks": torch.ones(2, 2, 2), "unet.block.alpha": torch.tensor(0.0)})),
-    Good("BOFT", saved({"unet.block.oft_blocks": torch.ones(2, 2, 2, 2), "unet.block.rescale": torch.ones(4, 1)})),
-    Good("PEFT's OFT", saved({"unet.block.oft_R.weight": torch.ones(2, 1)})),
-    Good("(IA)3", saved({"unet.block.weight": torch.ones(4), "unet.block.on_input": torch.tensor(0)})),
-    Good("alpha 0", saved(lora(alpha=torch.tensor(0.0)))),
-    Good("alpha negative", saved(lora(alpha=torch.tensor(-1.0)))),
-    Good("alpha int64", saved(lora(alpha=torch.tensor(4)))),
-    Good("alpha of one element", saved(lora(alpha=torch.ones(1)))),
-    Good(
-        "PEFT",
-        saved(
-            {"base_model.model.a.lora_A.weight": torch.ones(2, 3), "base_model.model.a.lora_B.weight": torch.ones(4, 2)}
-        ),
-    ),
-    Good("all zero", saved(lora(up=torch.zeros(4, 2), down=torch.zeros(2, 3)))),
 )
+
+
+def _good_loras() -> Iterator[Good]:
+    for name in ALGEBRAS:
+        for dtype in (torch.float32, torch.bfloat16):
+            tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in factors(name).items()}
+            yield Good(f"{name}, {str(dtype).removeprefix('torch.')}", saved(tensors))
+    for dialect in HALVES:
+        tensors = pair(dialect, (2, 6), (4, 2))
+        yield Good(f"{dialect}, alone", saved(tensors))
+        for alpha in ("alpha", "lora_alpha"):
+            yield Good(f"{dialect} with {alpha}", saved(tensors | {f"unet.linear.{alpha}": torch.tensor(1.0)}))
+    for dtype in FLOATS.values():
+        tensors = {key: tensor.to(dtype) for key, tensor in factors("LoRA").items()}
+        yield Good(f"LoRA in {str(dtype).removeprefix('torch.')} with empty metadata", saved(tensors, {}))
+    for name, alpha in {
+        "alpha 0": torch.tensor(0.0),
+        "a negative alpha": torch.tensor(-1.0),
+        "a whole alpha": torch.tensor(4),
+        "an alpha of one element": torch.ones(1),
+        "an alpha in a matrix": torch.ones(1, 1),
+        "a half alpha": torch.tensor(2.0).half(),
+    }.items():
+        yield Good(f"LoRA with {name}", saved(factors("LoRA") | {"unet.linear.alpha": alpha}))
+    mixed = {
+        key: tensor.to(dtype)
+        for (key, tensor), dtype in zip(factors("LoRA").items(), list(FLOATS.values())[2:4], strict=True)
+    }
+    yield Good("LoRA of two precisions", saved(mixed))
+    yield Good("LoRA of zeros", saved({key: torch.zeros_like(tensor) for key, tensor in factors("LoRA").items()}))
+    yield Good("LoRA of one rank", saved(factors("LoRA", {"lora_up.weight": (4, 1), "lora_down.weight": (1, 6)})))
+    yield Good("LoRA of a rank above its weight's", saved(pair("kohya", (99, 6), (4, 99))))
+    flat = {"lora_up.weight": (4, 2), "lora_down.weight": (2, 54)}
+    yield Good("LoRA with a flat kernel", saved(factors("LoRA of a convolution", flat)))
+    yield Good("LoRA, unaligned", lambda: packed({
+        "unet.linear.lora_up.weight": ("BF16", (4, 1), bytes(8)),
+        "unet.linear.alpha": ("F8_E4M3", (), b"\x38"),
+        "unet.linear.lora_down.weight": ("BF16", (1, 6), bytes(12)),
+    }))  # fmt: skip
+
+
+LORAS = tuple(_good_loras())
+GOOD = (*_CONTAINERS, *LORAS)

@@ -113,7 +113,7 @@ def test_a_damaged_header_is_no_missing_one(text):
     tensors = factors("unet.a") | factors("unet.b") | {"unet.b.alpha": torch.tensor(8.0)}
     lora = read(tensors, {"lora_adapter_metadata": text})
     assert lora.modules.keys() == {"unet.b"} and lora.modules["unet.b"].scale == 2
-    assert [(module, "no JSON object" in reason) for module, reason in lora.leftover] == [("unet.a", True)]
+    assert [(module, "no JSON object" in reason) for module, reason, _ in lora.leftover] == [("unet.a", True)]
 
 
 def test_a_header_names_modules_without_pefts_prefix():

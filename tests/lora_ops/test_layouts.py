@@ -20,7 +20,7 @@ from lora_ops.dialects import published_map, target_map
 from lora_ops.errors import AdapterError, FileError, LoraOpsError, TargetError
 from lora_ops.families import FAMILIES, UNKNOWN, flux, recognise
 from lora_ops.files import TensorFile, read_header
-from lora_ops.landing import land
+from lora_ops.landing import land, merged
 from lora_ops.layouts import LAYOUTS, Layout, laid_out, write
 from lora_ops.layouts.factors import alpha_of, overlap
 from lora_ops.layouts.metadata import metadata
@@ -426,7 +426,7 @@ def test_a_peft_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    for name in ("write", "write_synced"):
+    for name in ("write_laid", "write_synced"):
         with monkeypatch.context() as patch:
             patch.setattr(files.folder, name, full)
             error = refusal(lambda path: write(path, lora, PEFT, FLUX, shapes=SMALL), tmp_path)
@@ -437,7 +437,7 @@ def test_a_peft_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     other = Lora("x", {Q: pair(8, 8, seed=5)})
     assert "exists" in refusal(lambda path: write(path, other, PEFT, FLUX, shapes=SMALL), tmp_path).what
     with monkeypatch.context() as patch:
-        patch.setattr(files.folder, "write", full)
+        patch.setattr(files.folder, "write_laid", full)
         refusal(lambda path: write(path, other, PEFT, FLUX, shapes=SMALL, overwrite=True), tmp_path)
     assert content(final) == before
     write(final, other, PEFT, FLUX, shapes=SMALL, overwrite=True)
@@ -446,11 +446,13 @@ def test_a_peft_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
+    """Where the system cannot exchange two names."""
+    monkeypatch.setattr(files.folder, "_exchanged", lambda *_: False)
     write(tmp_path / "new", Lora("x", {Q: pair(8, 8)}), PEFT, FLUX, shapes=SMALL)
     before, rename = content(tmp_path / "new"), files.folder.os.rename
 
     def stubborn(source, target):
-        if str(source).endswith(files.folder.TEMPORARY):
+        if str(source).endswith(files.writing.TEMPORARY):
             raise PermissionError(13, "Permission denied")
         rename(source, target)
 
@@ -520,3 +522,143 @@ def test_convert_tells_of_scales_that_it_folded(tmp_path, capsys):
     write(tmp_path / "in", lora, DIFFUSERS, FLUX)
     assert main(["convert", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--layout", "comfy"]) == 0
     assert "1 modules join parts of different scales" in capsys.readouterr().out
+
+
+# Other algebras: passed through with their own factors
+
+
+BLOCK = "lora_unet_input_blocks_1"
+IN, CONV, TO_Q = f"{BLOCK}_1_proj_in", f"{BLOCK}_0_in_layers_2", f"{BLOCK}_1_transformer_blocks_0_attn1_to_q"
+NORM = f"{BLOCK}_0_in_layers_0"
+SD15 = {
+    f"diffusion_model.input_blocks.1.{name}": shape
+    for name, shape in {
+        "1.proj_in.weight": (8, 8, 1, 1),
+        "0.in_layers.2.weight": (8, 12, 3, 3),
+        "0.in_layers.2.bias": (8,),
+        "0.in_layers.0.weight": (12,),
+        "0.in_layers.0.bias": (12,),
+        "1.transformer_blocks.0.attn1.to_q.weight": (8, 8),
+    }.items()
+}
+_DOWN_UP = {"lora_down.weight": (2, 8), "lora_up.weight": (8, 2)}
+_HADA = {"hada_w1_a": (8, 2), "hada_w1_b": (2, 108), "hada_w2_a": (8, 2), "hada_w2_b": (2, 108)}
+_CORES = {"hada_w1_a": (2, 8), "hada_w1_b": (2, 12), "hada_w2_a": (2, 8), "hada_w2_b": (2, 12)}
+_CORE, _ALPHA = (2, 2, 3, 3), {"alpha": ()}
+OTHERS = {
+    "DoRA": (TO_Q, {**_DOWN_UP, "dora_scale": (8, 1), **_ALPHA}),
+    "DoRA per input": (TO_Q, {**_DOWN_UP, "dora_scale": (1, 8)}),
+    "DoRA of PEFT": (TO_Q, {**_DOWN_UP, "lora_magnitude_vector": (8,)}),
+    "DoRA of a convolution": (
+        CONV,
+        {"lora_down.weight": (2, 12, 3, 3), "lora_up.weight": (8, 2, 1, 1), "dora_scale": (1, 12, 1, 1)},
+    ),
+    "DoRA around LoHa": (CONV, {**_HADA, "dora_scale": (8, 1, 1, 1)}),
+    "LoRA with a core": (
+        CONV,
+        {"lora_down.weight": (2, 12, 1, 1), "lora_up.weight": (8, 2, 1, 1), "lora_mid.weight": _CORE, **_ALPHA},
+    ),
+    "LoHa": (CONV, {**_HADA, **_ALPHA}),
+    "LoHa with cores": (CONV, {**_CORES, "hada_t1": _CORE, "hada_t2": _CORE}),
+    "LoKr": (TO_Q, {"lokr_w1": (2, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 2), **_ALPHA}),
+    "LoKr of matrices": (CONV, {"lokr_w1": (2, 4), "lokr_w2": (4, 3, 3, 3), **_ALPHA}),
+    "LoKr with a core": (CONV, {"lokr_w1": (2, 4), "lokr_w2_a": (2, 4), "lokr_w2_b": (2, 3), "lokr_t2": _CORE}),
+    "GLoRA": (TO_Q, {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (8, 2), "b2.weight": (2, 8), **_ALPHA}),
+    "Diag-OFT": (TO_Q, {"oft_blocks": (2, 4, 4), "rescale": (8, 1), **_ALPHA}),
+    "Diag-OFT without alpha": (TO_Q, {"oft_blocks": (2, 4, 4)}),
+    "BOFT": (CONV, {"oft_blocks": (2, 4, 2, 2), "rescale": (8, 1, 1, 1)}),
+    "OFT": (IN, {"oft_R.weight": (2, 6)}),
+    "OFT of OneTrainer": (IN, {"oft_R.weight": (2, 6), "oft_R.scaled_oft": ()}),
+    "(IA)3": (CONV, {"weight": (1, 8, 1, 1), "on_input": 0}),
+    "(IA)3 per input": (TO_Q, {"weight": (8,), "on_input": 1}),
+    "(IA)3 of PEFT": (TO_Q, {"ia3_l": (1, 8)}),
+    "a difference": (CONV, {"diff": (8, 12, 3, 3), "diff_b": (8,)}),
+    "a norm": (NORM, {"w_norm": (12,), "b_norm": (12,)}),
+    "a LoRA with a bias": (
+        CONV,
+        {"lora_A.weight": (2, 12, 3, 3), "lora_B.weight": (8, 2, 1, 1), "lora_B.bias": (8,)},
+    ),
+}
+
+
+def random_file(module: str, shapes: dict, *, dtype: torch.dtype = torch.float32) -> Lora:
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for name, shape in shapes.items():
+        made = torch.tensor(shape) if isinstance(shape, int) else torch.randn(shape, generator=generator).to(dtype) / 2
+        tensors[f"{module}.{name}"] = made
+    lora = from_file(TensorFile("x", tensors))
+    assert lora.modules and not lora.leftover
+    return lora
+
+
+def weights_with(lora: Lora, targets: TargetMap) -> dict[str, torch.Tensor]:
+    """What it makes of random weights."""
+    landing = land([Entry(lora, ONE)], targets)
+    (row,) = landing.rows
+    assert not row.refused and not lora.leftover
+    shapes = {target.key: target.shape for target, _ in row.landed.values()}
+    generator = torch.Generator().manual_seed(1)
+    weights = {key: torch.randn(shape, generator=generator) for key, shape in sorted(shapes.items())}
+    return {key: merged(weights[key], pieces) for (_, key), pieces in landing.pieces.items()}
+
+
+@pytest.mark.parametrize("layout", [KOHYA, COMFY], ids=lambda layout: layout.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", OTHERS.values(), ids=OTHERS)
+def test_every_algebra_reads_back_with_the_same_change_to_the_bit(case, layout, dtype, tmp_path):
+    lora, targets = random_file(*case, dtype=dtype), target_map(BY_NAME["sd15"], SD15)
+    laid = write(tmp_path / "new", lora, layout, BY_NAME["sd15"], shapes=SD15)
+    back = read_lora(str(tmp_path / "new"))
+    assert {targets.names[name].dialect for name in back.modules} == {layout.name} and not laid.folded
+    before, after = weights_with(lora, targets), weights_with(back, targets)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    again = laid_out(back, layout, BY_NAME["sd15"], shapes=SD15)
+    assert again.tensors.keys() == laid.tensors.keys()
+    if layout is KOHYA and case is not OTHERS["a LoRA with a bias"]:
+        assert "lycoris" in laid.metadata["ss_network_module"]
+
+
+def test_a_fused_dora_splits_into_doras(tmp_path):
+    """Its norms are of rows; a magnitude per input is of all of them and cannot be cut."""
+    rows = {"lora_down.weight": (2, 8), "lora_up.weight": (56, 2)}
+    targets = target_map(FLUX, SMALL)
+    lora = random_file(LINEAR1, {**rows, "dora_scale": (56, 1)})
+    for layout in (DIFFUSERS, PEFT):
+        write(tmp_path / layout.name, lora, layout, FLUX, shapes=SMALL)
+        back = read_lora(str(tmp_path / layout.name))
+        assert [adapter.ALGEBRA for adapter in back.modules.values()] == ["DoRA"] * 4
+        (one,), (other,) = weights_with(lora, targets).values(), weights_with(back, targets).values()
+        # the same sums: a norm is of one row
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    per_input = random_file(LINEAR1, {**rows, "dora_scale": (1, 8)})
+    with pytest.raises(AdapterError, match="cannot be cut"):
+        laid_out(per_input, DIFFUSERS, FLUX, shapes=SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "words"),
+    [
+        *((name, PEFT, "which the layout 'peft' cannot hold") for name in ("LoHa", "GLoRA", "Diag-OFT", "(IA)3")),
+        ("LoKr", DIFFUSERS, "is LoKr .* which the layout 'diffusers' cannot hold"),
+        ("DoRA per input", PEFT, "is DoRA .* which the layout 'peft' cannot hold"),
+        ("DoRA around LoHa", PEFT, "is DoRA .* which the layout 'peft' cannot hold"),
+        ("LoRA with a core", PEFT, "is LoRA .*mid.* which the layout 'peft' cannot hold"),
+        ("a difference", DIFFUSERS, "is full"),
+    ],
+)
+def test_what_a_layout_has_no_words_for_is_refused_by_name(name, layout, words):
+    lora = random_file(*OTHERS[name])
+    with pytest.raises(AdapterError, match=words) as caught:
+        laid_out(lora, layout, BY_NAME["sd15"], shapes=SD15)
+    assert caught.value.module in lora.modules and caught.value.remedy == "Choose another layout."
+
+
+def test_only_lora_is_fused_and_peft_has_dora_everywhere_or_nowhere():
+    lokr = Lora("x", {Q: LoKr(torch.ones(2, 2), lokr_w2=torch.ones(4, 4))})
+    with pytest.raises(AdapterError, match="is LoKr for a part .* only LoRA is fused"):
+        laid_out(lokr, KOHYA, FLUX, shapes=SMALL)
+    mixed = random_file(*OTHERS["DoRA"])
+    mixed = Lora("x", {**mixed.modules, CONV: random_file(*OTHERS["a LoRA with a bias"]).modules[CONV]})
+    with pytest.raises(AdapterError, match="is LoRA beside DoRA") as caught:
+        laid_out(mixed, PEFT, BY_NAME["sd15"], shapes=SD15)
+    assert "in_layers.2" in (caught.value.module or "") or "conv1" in (caught.value.module or "")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_ops.adapters import Additive, Full, LowRank, build
+from lora_ops.adapters import Adapter, Additive, DoRA, Full, LowRank, build
 from lora_ops.errors import TargetError
-from lora_ops.landing import Piece, merged
+from lora_ops.landing import Piece, add_, merged
 from lora_ops.live import Live
+from lora_ops.live.terms import Turned
 from lora_ops.lora import Band
 
 
@@ -157,6 +158,62 @@ CASES["LoKr, bands of a linear"] = (
     ],
 )
 CASES["LoKr, 1x1 conv with matrices"] = (nn.Conv2d(8, 12, 1), rand(2, 8, 4, 4), [Piece(lokr(12, 8), None, 1.0, 0)])
+
+
+def dora(inner: Additive, width: int, of_inputs: bool = False, seed: int = 0) -> DoRA:
+    return DoRA(inner, 2 + rand(width, seed=seed).abs(), of_inputs)
+
+
+def transforms(rows: int, *inputs: int) -> dict[str, Adapter]:
+    """Each that runs beside a weight of this shape."""
+    ones = [1] * (len(inputs) - 1)
+    mix = {"a1": (inputs[0], 2, *ones), "a2": (2, inputs[0], *ones), "b1": (rows, 2, *ones), "b2": (2, *inputs)}
+    blocks, stages = rand(rows // 4, 4, 4, seed=5) / 3, rand(2, rows // 2, 2, 2, seed=6) / 2
+    rescale, norm = 1 + rand(rows, seed=8) / 4, float((blocks - blocks.mT).norm())
+    found = {
+        "DoRA": dora(low_rank(rows, *inputs, alpha=2.0), rows),
+        "DoRA per input": dora(low_rank(rows, *inputs), inputs[0], True),
+        "DoRA around LoHa": dora(loha(rows, *inputs), rows),
+        "DoRA around LoKr": dora(lokr(rows, *inputs), inputs[0], True),
+        "(IA)3": build({"ia3_weight": rand(rows), "ia3_on_input": torch.tensor(0)}),
+        "(IA)3 per input": build({"ia3_weight": rand(inputs[0]), "ia3_on_input": torch.tensor(1)}),
+        "GLoRA": build({f"glora_{name}": rand(*shape, seed=len(name)) / 2 for name, shape in mix.items()}),
+        "Diag-OFT": build({"oft_blocks": blocks, "rescale": rescale}),
+        "Diag-OFT, constrained": build({"oft_blocks": blocks, "alpha": torch.tensor(norm / 3 / rows)}),
+        "Diag-OFT, swapped": build({"oft_blocks": blocks, "rescale": rescale}).swapped,
+        "BOFT": build({"oft_blocks": stages}),
+        "BOFT, swapped": build({"oft_blocks": stages, "rescale": rescale}).swapped,
+    }
+    if math.prod(inputs[1:]) == 1:
+        found["OFT"] = build({"oft_R": rand(2, 6, seed=9) / 8})
+        found["OFT of one block"] = build({"oft_R": rand(1, 6, seed=9) / 8})
+    return found
+
+
+MODULES = {"linear": (nn.Linear(8, 12), rand(2, 5, 8)), "1x1 conv": (nn.Conv2d(8, 12, 1), rand(2, 8, 4, 4))}
+for name, (module, x) in (*MODULES.items(), *CONVOLUTIONS.items()):
+    shape = tuple(module.weight.shape)
+    for kind, adapter in transforms(*shape).items():
+        between = [Piece(low_rank(*shape, seed=3), None, 1.0, 0), Piece(adapter, None, -0.5, 1)]
+        CASES[f"{kind}, {name}"] = (module, x, [*between, Piece(low_rank(*shape, seed=4), None, 0.3, 2)])
+CASES["one Transform after the other"] = (
+    nn.Linear(8, 12),
+    rand(2, 5, 8),
+    [Piece(adapter, None, (1.0, -0.5, 0.3)[n % 3], n % 3) for n, adapter in enumerate(transforms(12, 8).values())],
+)
+CASES["Transforms on bands"] = (
+    nn.Linear(8, 24, bias=False),
+    rand(2, 5, 8),
+    [
+        Piece(low_rank(24, 8), None, 1.0, 0),
+        *(
+            Piece(adapter, Band(start, 12), (-0.5, 0.3)[n % 2], 1 + n % 2)
+            for n, (kind, adapter) in enumerate(transforms(12, 8).items())
+            for start in ((0, 12, 6) if kind in ("DoRA", "BOFT", "OFT") else (12,))
+        ),
+        Piece(dora(low_rank(24, 8, seed=6), 24).narrowed(3, 6), Band(3, 6), 1.0, 0),
+    ],
+)
 STRENGTHS = [1.0, -0.5, 0.3]
 
 
@@ -194,11 +251,9 @@ def expected(module, x, pieces):
     changed.__dict__ = {**module.__dict__, "_parameters": {k: p for k, p in module._parameters.items()}}
     changed.__dict__.pop("forward", None)
     exact = module.weight.detach().double()
-    for piece in pieces:
-        rows = exact if piece.band is None else exact.narrow(0, piece.band.start, piece.band.length)
-        rows += piece.strength * piece.adapter.delta(tuple(rows.shape), torch.float64)
+    add_(exact, pieces)
     changed._parameters["weight"] = nn.Parameter(exact)
-    if "bias" in changed._parameters:
+    if changed._parameters.get("bias") is not None:
         changed._parameters["bias"] = nn.Parameter(module.bias.detach().double())
     return changed(x.double()).detach()
 
@@ -217,6 +272,8 @@ def test_live_is_the_module_with_the_update_in_its_weight(case):
 
 
 def pointers(term):
+    if isinstance(term, Turned):
+        return [*(matrix.data_ptr() for matrix in term.matrices), term.gains.data_ptr()]
     return [tensor.data_ptr() for tensor in (*term.product, term.gains) if tensor is not None]
 
 

@@ -14,7 +14,7 @@ from lora_ops.families import FAMILIES, flux, text, unet
 from lora_ops.landing import land, merged
 from lora_ops.layouts import LAYOUTS, write
 from lora_ops.layouts.factors import overlap
-from lora_ops.lora import Band, Lora, TargetMap
+from lora_ops.lora import Band, Lora, TargetMap, read_lora
 from lora_ops.stack import Entry
 
 peft = pytest.importorskip("peft", reason="peft is the oracle here; it is in the test environment")
@@ -207,3 +207,22 @@ def test_a_text_encoder_gets_what_we_write_for_it(tmp_path, kind):
         layer = loaded[target.key.removeprefix("clip_l.transformer.text_model.").removesuffix(".weight")]
         found = layer.get_delta_weight(layer.active_adapters[0]).detach()
         torch.testing.assert_close(found, adapter.delta(target.shape), rtol=1e-5, atol=2e-5)
+
+
+def test_a_dora_that_peft_saved_is_written_as_peft_loads_it(tmp_path):
+    torch.manual_seed(0)
+    model, shapes = unet_model("sd15")
+    shapes = {f"diffusion_model.{key}": shape for key, shape in shapes.items()}
+    start = {key: weight.clone() for key, weight in model.state_dict().items()}
+    config = peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["to_q", "to_k", "proj_in", "conv1"])
+    trained = peft.get_peft_model(model, config)
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data * 1.1 + 0.01 * torch.randn(parameter.shape)
+    trained.save_pretrained(tmp_path / "theirs")
+    expected = {key: weight.clone() for key, weight in trained.merge_and_unload().state_dict().items()}
+    write(tmp_path / "ours", read_lora(str(tmp_path / "theirs")), PEFT, BY_NAME["sd15"], shapes=shapes)
+    model.load_state_dict(start)
+    again = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).merge_and_unload().state_dict()
+    require_equal(again, expected)
+    assert sum(not torch.equal(again[key], start[key]) for key in start) > 30

@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_ops.files import TensorFile
-from lora_ops.landing import Piece, merged
-from lora_ops.lora import Lora, from_file, read_lora
+from lora_ops.landing import Piece, land, merged
+from lora_ops.lora import Lora, Named, Target, TargetMap, from_file, read_lora
+from lora_ops.stack import Entry
 
 peft = pytest.importorskip("peft", reason="peft is an oracle here; it is in the test environment")
 lycoris = pytest.importorskip("lycoris.modules", reason="lycoris is an oracle here; it is in the test environment")
@@ -143,12 +144,35 @@ def test_ia3_on_inputs_that_peft_saved_is_merged_as_peft_merges_it(tmp_path):
     require_equal(read_lora(str(tmp_path)), weight, model.merge_and_unload().layer.weight.detach())
 
 
-def test_ia3_on_outputs_of_peft_is_refused(tmp_path):
-    """It multiplies the bias, too."""
+@pytest.mark.parametrize("bias", [True, False])
+def test_ia3_on_outputs_that_peft_saved_is_of_the_bias_too(tmp_path, bias):
+    base = Model("linear")
+    base.layer = nn.Linear(24, 16, bias=bias)
+    before = {key: tensor.clone() for key, tensor in base.state_dict().items()}
+    model = peft.get_peft_model(base, peft.IA3Config(target_modules=["layer"], feedforward_modules=[]))
+    model.base_model.model.layer.ia3_l["default"].data += torch.rand(16, 1)
+    model.save_pretrained(tmp_path)
+    lora = read_lora(str(tmp_path))
+    name = "base_model.model.layer"
+    targets = {name: Target("model", "layer.weight", (16, 24)), f"{name}.bias": Target("model", "layer.bias", (16,))}
+    names = {key: Named(target, "peft") for key, target in list(targets.items())[: 2 if bias else 1]}
+    where = TargetMap("none", names, lambda key: (names[key],) if key in names else (), tuple(targets.values()))
+    landing = land([Entry(lora, {"model": 1.0})], where)
+    assert landing.rows[0].coverage == 1
+    found = {key: merged(before[key], pieces) for (_, key), pieces in landing.pieces.items()}
+    truth = model.merge_and_unload().state_dict()
+    assert found.keys() == truth.keys()
+    for key, tensor in truth.items():
+        torch.testing.assert_close(found[key], tensor)
+        assert not torch.equal(tensor, before[key])
+
+
+def test_ia3_of_a_convolution_that_peft_saved_is_refused(tmp_path):
+    """Its factors have one shape on outputs and on inputs."""
     config = peft.IA3Config(target_modules=["layer"], feedforward_modules=[])
-    peft.get_peft_model(Model("linear"), config).save_pretrained(tmp_path)
+    peft.get_peft_model(Model("conv2d"), config).save_pretrained(tmp_path)
     (refusal,) = read_lora(str(tmp_path)).leftover
-    assert "only factors on a linear layer's inputs" in refusal.reason
+    assert "only that of a linear layer" in refusal.reason and "with PEFT" in refusal.remedy
 
 
 @pytest.mark.parametrize("switches", [{"use_dora": True}, {"use_dora": True, "use_rslora": True}])

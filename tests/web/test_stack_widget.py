@@ -30,13 +30,20 @@ GRAPH = f"""
     app.graph.setDirtyCanvas(true, true);
     for (let frame = 0; frame < 4; frame++) await new Promise(requestAnimationFrame); // the host resizes while it draws
 """
+FRAME = "await new Promise(requestAnimationFrame);"
 ROUTE = """
     const {api} = window.comfyAPI.api, ask = api.fetchApi.bind(api);
     window.asked = [];
-    api.fetchApi = (path, ...rest) => {
-        if (!path.startsWith("/lora_ops/lora?")) return ask(path, ...rest);
-        window.asked.push(path);
-        return Promise.resolve(given[0] ? Response.json(given[0]) : new Response("", {status: 404}));
+    window.waiting = 0;
+    api.fetchApi = async (path, ...rest) => {
+        window.waiting++;
+        try {
+            if (!path.startsWith("/lora_ops/lora?")) return await ask(path, ...rest);
+            window.asked.push(path);
+            return given[0] ? Response.json(given[0]) : new Response("", {status: 404});
+        } finally {
+            window.waiting--;
+        }
     };
 """
 FACTORS = {"up": (320, 2), "down": (2, 320)}
@@ -55,7 +62,8 @@ class Stack:
     def __init__(self, page: Page, *rows: dict[str, Any] | str):
         self.page = page
         page.run(GRAPH, rows[0] if rows and isinstance(rows[0], str) else text(*rows))
-        page.wait(f"return document.querySelector('{STACK}')?.offsetHeight")
+        page.wait(f"return !window.waiting && document.querySelector('{STACK}')?.offsetHeight")
+        page.run(FRAME)  # the server's answer draws the rows anew
 
     @property
     def value(self) -> str:

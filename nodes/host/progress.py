@@ -1,0 +1,42 @@
+"""Progress of long work: bytes and seconds left on the node and in the terminal; cancelled when the user says so."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+from server import PromptServer
+from tqdm import tqdm
+
+EVERY = 0.3  # seconds between two texts on the node
+
+
+class Meter:
+    """Hears (bytes done, bytes in all). Raises the host's interrupt as soon as it is asked for."""
+
+    def __init__(self, node_id: Any, what: str) -> None:
+        self._node_id, self._what = node_id, what
+        self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
+        self._line = tqdm(desc=what, unit="B", unit_scale=True, leave=True)
+        self._start, self._shown = time.monotonic(), 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._line.total = total
+        self._line.update(done - self._line.n)
+        self._bar.update_absolute(done, total)
+        now = time.monotonic()
+        server = getattr(PromptServer, "instance", None)
+        if server is not None and now - self._shown >= EVERY:
+            self._shown = now
+            left = (now - self._start) * (total - done) / max(done, 1)
+            text = f"{self._what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
+            server.send_progress_text(text, self._node_id)
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._line.close()

@@ -1,0 +1,102 @@
+"""The verified save: a written file, read back through the host's own loading rules, against the live weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...lora_ops.errors import FileError
+from ...lora_ops.files import Header, read_header, read_tensors
+from .baking import CHUNK
+from .checkpoints import File, Part, placeholders
+from .renaming import Rule, computed, renamed
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How far a file is from the live weights: of so many, this many are equal, and the worst is so many units in the
+    last place away, each of the coarser dtype: rounding to both explains one."""
+
+    weights: int = 0
+    equal: int = 0
+    worst: str = ""
+    ulps: float = 0.0
+    relative: float = 0.0  # of the worst weight, in the norm
+
+    def joined(self, other: Verified) -> Verified:
+        worst = max(self, other, key=lambda each: each.ulps)
+        return Verified(self.weights + other.weights, self.equal + other.equal, worst.worst, worst.ulps, worst.relative)
+
+    @property
+    def text(self) -> str:
+        told = f"{self.equal} of {self.weights} weights equal the live ones"
+        return told + (f"; worst {self.worst}: {self.ulps:.2g} ulp, {self.relative:.1e}" if self.ulps else "")
+
+
+def verify(path: Path, file: File, kept: Mapping[str, frozenset[str]], more: Callable[[int], None]) -> Verified:
+    """Compare each weight that the host would load from a file with the live one, computed anew.
+
+    kept: the names of each part's weights that the layout holds. more hears how many bytes were read each time.
+    Raises FileError for a weight that would not be loaded or is further off than rounding explains.
+    """
+    header, found = read_header(path), Verified()
+    for part in file.parts:
+        found = found.joined(_verify(header, part, file.load[part.name], kept[part.name], more))
+    return found
+
+
+def _verify(header: Header, part: Part, rule: Rule, kept: frozenset[str], more: Callable[[int], None]) -> Verified:
+    file = placeholders(header)
+    loaded, found = renamed(rule, file), Verified()
+    if missing := sorted(kept - loaded.keys()):
+        what = f"would be loaded without {len(missing)} of its {len(kept)} weights (first: {missing[0]})."
+        raise FileError(what, file=header.path, module=missing[0], remedy="Nothing was saved; please report this.")
+    made: dict[frozenset[str], list[str]] = {}
+    for key in kept:
+        made.setdefault(loaded[key].origins, []).append(key)
+    for names, keys in made.items():
+        values = dict(read_tensors(header, sorted(names)))
+        plain = len(keys) == 1 and loaded[keys[0]].whole
+        results = {keys[0]: values[next(iter(names))]} if plain else computed(rule, file, values)
+        for key in keys:
+            found = found.joined(_compared(part, key, results[key], header))
+        more(sum(tensor.nbytes for tensor in values.values()))
+    return found
+
+
+def _compared(part: Part, key: str, read: Tensor, header: Header) -> Verified:
+    weight = part.weights[key]
+    live = weight.rounded(weight.base.dtype)
+    if read.shape != live.shape:
+        raise FileError(f"has the shape {tuple(read.shape)}, not {tuple(live.shape)}.", file=header.path, module=key)
+    wide = torch.promote_types(read.dtype, live.dtype)
+    if torch.equal(read.to(wide), live.to(wide)):
+        return Verified(1, 1)
+    far, relative = distance(read, live)
+    if not far <= 1:
+        what = f"is {far:.3g} ulp from the live weight, more than rounding explains."
+        raise FileError(what, file=header.path, module=key, remedy="Nothing was saved; please report this.", ulps=far)
+    return Verified(1, 0, weight.key, far, relative)
+
+
+def distance(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """How far two tensors are apart: at most so many units in the last place, each of the dtype that is coarser there;
+    and the norm of their difference as a share of the other's."""
+    kinds = [torch.finfo(dtype) for dtype in {one.dtype, other.dtype}]
+    one, other = torch.atleast_1d(one, other)
+    rows = max(1, CHUNK // max(1, one[:1].numel() * 8))
+    worst, different, whole = 0.0, 0.0, 0.0
+    for mine, its in zip(one.split(rows), other.split(rows), strict=True):
+        mine, its = mine.double(), its.double()
+        same = (mine == its) | (mine.isnan() & its.isnan())
+        gap = (mine - its).abs_().nan_to_num_(nan=torch.inf).masked_fill_(same, 0)
+        _, exponent = torch.frexp(torch.maximum(mine.abs(), its.abs()).nan_to_num_())
+        power = torch.exp2(exponent.double() - 1)
+        unit = torch.stack([(power * kind.eps).clamp_min_(kind.eps * kind.tiny) for kind in kinds]).amax(0)
+        worst = max(worst, float((gap / unit).max())) if gap.numel() else worst
+        different, whole = different + float(gap.square().sum()), whole + float(its.nan_to_num(0, 0, 0).square().sum())
+    return worst, (different / whole) ** 0.5 if whole else 0.0

@@ -1,0 +1,380 @@
+"""Saved models: reopened by the host's own loaders they are the live, patched model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness import inside, small
+from harness.inside import SMALLER, patched_weights
+
+# CLIP-L of SD1.5 has no such weights: the host leaves what is in its memory there and never uses it.
+UNUSED = ("clip_l.logit_scale", "clip_l.transformer.text_projection.weight")
+
+
+@pytest.fixture
+def output(tmp_path, pack):
+    import folder_paths
+
+    before = folder_paths.get_output_directory()
+    folder_paths.set_output_directory(str(tmp_path))
+    yield tmp_path
+    folder_paths.set_output_directory(before)
+
+
+@pytest.fixture
+def save(ours, output):
+    """save(layout, dtype, model=…, clip=…, vae=…): what the node does, without its wires."""
+    saving, checkpoints = ours("nodes.host.saving"), ours("nodes.host.checkpoints")
+    destinations = ours("nodes.host.destinations")
+
+    def put(layout, dtype=None, *, prefix="saved", if_exists="number", graph=None, progress=lambda *_: None, **things):
+        parts = {name: checkpoints.Part(name, thing, dtype) for name, thing in things.items() if thing is not None}
+        to = destinations.destination("output", checkpoints.FOLDERS[layout], prefix, {})
+        return saving.save(layout, parts, to, if_exists, graph or {}, progress)
+
+    return put
+
+
+@pytest.fixture(scope="module")
+def checkpoint(small_files, pack):
+    """The small SD1.5 checkpoint in fp16 as CheckpointLoaderSimple loads it: MODEL, CLIP, VAE."""
+    return load_checkpoint(small_files / small.FILES["sd15"][0])
+
+
+def load_checkpoint(path, *, clip=True, vae=True):
+    import comfy.sd
+
+    return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=vae, output_clip=clip)[:3]
+
+
+@pytest.fixture
+def landing(ours, checkpoint):
+    """A LoRA on MODEL and CLIP of the checkpoint."""
+    made, patching, files = ours("lora_ops.samples"), ours("nodes.host.patching"), ours("lora_ops.files")
+    lora, stack, landing = ours("lora_ops.lora"), ours("lora_ops.stack"), ours("lora_ops.landing")
+    targets = patching.targets(*checkpoint[:2])
+    tensors = made.tensors(made.SAMPLES[0], targets)
+    generator = torch.Generator().manual_seed(1)
+    noise = {key: torch.randn(each.shape, generator=generator) * 0.02 for key, each in tensors.items()}
+    tensors = {key: each if key.endswith(".alpha") else each + noise[key] for key, each in tensors.items()}
+    entry = stack.Entry(lora.from_file(files.TensorFile("ink", tensors)), {"model": 0.7, "clip": 0.7})
+    return landing.land([entry], targets)
+
+
+@pytest.fixture
+def patched(ours, checkpoint, landing):
+    """MODEL and CLIP with that LoRA."""
+    return ours("nodes.host.patching").applied(landing, "patch", *checkpoint[:2])
+
+
+def live(patcher):
+    """The model's weights with its patches, as the host has them once it has loaded it."""
+    return {**patcher.model.state_dict(), **patched_weights(patcher)}
+
+
+def differing(one, other, keys=None):
+    return sorted(key for key in keys or other if not torch.equal(one[key], other[key]))
+
+
+@pytest.mark.parametrize("family", SMALLER)
+def test_a_saved_diffusion_model_is_the_patched_one_to_the_bit(family, save, samples, apply):
+    """The narrow route for models that detection pins: the host's classes and name rules without its guess."""
+    model = inside.model(family)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
+    again = reloaded(family, saved.path)
+    assert differing(again.model.state_dict(), live(changed)) == []
+    if family in inside.FAMILIES:
+        assert torch.equal(inside.run(again), inside.run(changed))
+
+
+def reloaded(family, path):
+    """What the host's own loader makes of the file, or of a file of a narrow model by all its rules but the guess."""
+    import comfy.model_detection
+    import comfy.sd
+    import comfy.utils
+
+    if family in ("flux", "sd35_medium", "wan"):
+        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+    fresh, file = inside.model(family), comfy.utils.load_torch_file(str(path))
+    with torch.no_grad():
+        for weight in fresh.model.diffusion_model.parameters():
+            weight.zero_()
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(file)
+    fresh.model.load_model_weights(file, prefix if any(key.startswith(prefix) for key in file) else "")
+    return fresh
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("sdxl", torch.float16), ("flux", torch.bfloat16)])
+def test_a_half_precision_model_is_saved_to_the_bit_in_its_own_dtype(family, dtype, save, samples, apply, pack):
+    model = inside.model(family, dtype)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights
+    assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
+
+
+def test_a_full_checkpoint_keeps_its_files_dtypes_and_reopens_within_one_rounding(save, checkpoint, patched):
+    _, _, vae = checkpoint
+    ((saved),) = save("full checkpoint", model=patched.model, clip=patched.clip, vae=vae)
+    assert saved.dtypes == {"float16": saved.tensors} and saved.verified.ulps == 0.5
+    model, clip, again = load_checkpoint(saved.path)
+    wanted = live(patched.model)
+    for key, weight in model.model.diffusion_model.state_dict().items():
+        assert torch.equal(weight, wanted[f"diffusion_model.{key}"].half().float()), key
+    # A text encoder stays in fp16 on a CPU, too: no rounding is left.
+    wanted = live(patched.clip.patcher)
+    read = clip.cond_stage_model.state_dict()
+    assert differing(read, wanted, [key for key in read if key not in UNUSED]) == []
+    assert differing(again.get_sd(), vae.get_sd()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_part_is_written_in_the_dtype_that_is_asked_for(dtype, save, checkpoint, patched):
+    ((saved),) = save("diffusion model", dtype, model=patched.model)
+    assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
+    assert saved.verified.ulps == (0 if dtype == torch.float32 else 0.5)  # live it is float32
+
+
+def test_clip_and_vae_reopen_from_files_of_their_own(save, checkpoint, patched):
+    import comfy.sd
+    import comfy.utils
+
+    ((saved),) = save("CLIP", clip=patched.clip)
+    clip = comfy.sd.load_clip([str(saved.path)])
+    wanted = live(patched.clip.patcher)
+    read = clip.cond_stage_model.state_dict()
+    assert differing(read, wanted, [key for key in read if key not in UNUSED]) == []
+    vae = checkpoint[2]
+    ((saved),) = save("VAE", vae=vae)
+    assert differing(comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(saved.path))).get_sd(), vae.get_sd()) == []
+
+
+def test_what_runs_live_is_saved_like_a_patch(save, samples, apply, pack):
+    model = inside.model("flux")
+    tensors = samples(model, 0, seed=1)
+    ((one),) = save("diffusion model", model=apply(model, (tensors, 0.7)))
+    ((other),) = save("diffusion model", model=apply(model, (tensors, 0.7), mode="live"))
+    assert tensors_of(one.path) == tensors_of(other.path)
+
+
+def tensors_of(path: Path) -> bytes:
+    data = path.read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def test_a_loaded_and_patched_model_is_not_patched_twice(save, samples, apply, pack):
+    """The host keeps the base of what it has patched; what is saved starts from there."""
+    model = inside.model("flux")
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((before),) = save("diffusion model", model=changed)
+    inside.run(changed)
+    ((loaded),) = save("diffusion model", model=changed)
+    ((base),) = save("diffusion model", model=model)
+    assert tensors_of(before.path) == tensors_of(loaded.path) != tensors_of(base.path)
+    assert base.verified.equal == base.verified.weights
+
+
+def test_other_nodes_patches_are_saved_and_their_wrappers_are_told(save, samples, apply, pack):
+    import comfy.sd
+
+    model = inside.model("flux")
+    theirs = comfy.sd.load_lora_for_models(model, None, dict(samples(model, 0, seed=2)), 0.5, 0)[0]
+    changed = apply(theirs, (samples(model, 0, seed=1), 0.7))
+    changed.add_wrapper_with_key("diffusion_model", "teacache", lambda executor, *args, **kwargs: executor(*args))
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights
+    assert ["teacache" in note for note in saved.notes if "not in the file" in note] == [True]
+
+
+def test_a_schedule_cannot_be_saved_and_says_so(ours, save, samples, pack):
+    model = inside.model("flux")
+    files, lora, stack = ours("lora_ops.files"), ours("lora_ops.lora"), ours("lora_ops.stack")
+    landing, patching = ours("lora_ops.landing"), ours("nodes.host.patching")
+    found = lora.from_file(files.TensorFile("ink", samples(model, 0, seed=1)))
+    entry = stack.Entry(found, {"model": 1.0, "clip": 1.0}, stack.Schedule(0.2, 0.8))
+    changed = patching.applied(landing.land([entry], patching.targets(model, None)), "auto", model, None).model
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="follows a schedule"):
+        save("diffusion model", model=changed)
+
+
+def test_the_file_says_what_is_in_it(ours, save, checkpoint, patched, small_files, tmp_path):
+    files, recipe = ours("lora_ops.files"), ours("lora_ops.recipe")
+    ((saved),) = save("diffusion model", model=patched.model)
+    metadata = files.read_header(saved.path).metadata
+    found = recipe.Recipe.parse(metadata["lora_ops.recipe"])
+    assert [(each.lora, dict(each.strengths)) for each in found.loras] == [("ink", {"model": 0.7})]
+    assert metadata["modelspec.predict_key"] == "epsilon"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
+    ((saved),) = save("CLIP", clip=patched.clip)
+    found = recipe.Recipe.parse(files.read_header(saved.path).metadata["lora_ops.recipe"])
+    assert [dict(each.strengths) for each in found.loras] == [{"clip": 0.7}]
+
+
+def test_metadata_and_flags_of_the_source_are_kept(ours, save, tmp_path, pack):
+    """A v-prediction SDXL with zero terminal SNR stays one; a second recipe follows the first."""
+    import comfy.model_base
+
+    files, recipe = ours("lora_ops.files"), ours("lora_ops.recipe")
+    model = inside.model("sdxl")
+    first = recipe.Recipe((recipe.Ingredient("paper", "", {"model": 0.5}),))
+    source = tmp_path / "source.safetensors"
+    told = {"author": "A. Nonymous", "sshs_model_hash": "0" * 64, "workflow": "{}", "lora_ops.recipe": first.text}
+    tensors = {f"model.diffusion_model.{key}": each for key, each in model.model.diffusion_model.state_dict().items()}
+    files.write(source, {key: each.half() for key, each in tensors.items()}, told, overwrite=False)
+    model.cached_patcher_init = (load_checkpoint, (str(source),))
+    model.model.model_type = comfy.model_base.ModelType.V_PREDICTION
+    model.model.model_sampling = comfy.model_base.model_sampling(model.model.model_config, model.model.model_type)
+    model.model.model_sampling.zsnr = True
+    ((saved),) = save("full checkpoint", model=model)
+    header = files.read_header(saved.path)
+    assert {"v_pred", "ztsnr"} <= header.entries.keys()
+    assert header.entries["model.diffusion_model.out.2.weight"].dtype == torch.float16
+    assert header.metadata["author"] == "A. Nonymous" and header.metadata["modelspec.predict_key"] == "v"
+    assert header.metadata["lora_ops.recipe"] == first.text
+    assert not {"sshs_model_hash", "workflow"} & header.metadata.keys()
+
+
+def test_a_merged_model_is_saved_as_the_patched_one_would_be(ours, save, checkpoint, landing, patched):
+    """Its weights are in memory as float32; the file that it came from says fp16, and the recipe what is in it."""
+    merging, recipe, files = ours("nodes.host.merging"), ours("lora_ops.recipe"), ours("lora_ops.files")
+    merged = merging.merged(landing, *checkpoint[:2])
+    ((one),) = save("diffusion model", model=patched.model)
+    ((other),) = save("diffusion model", model=merged.model)
+    assert tensors_of(one.path) == tensors_of(other.path) and not other.notes
+    told = [files.read_header(each.path).metadata["lora_ops.recipe"] for each in (one, other)]
+    assert told[0] == told[1] and recipe.Recipe.parse(told[0]).loras
+
+
+def test_the_graph_is_in_the_file_unless_metadata_is_disabled(ours, save, monkeypatch, pack):
+    from comfy.cli_args import args
+
+    saving, files = ours("nodes.host.saving"), ours("lora_ops.files")
+    prompt, extra = {"1": {"class_type": "X"}}, {"workflow": {"nodes": []}}
+    ((saved),) = save("diffusion model", model=inside.model("flux"), graph=saving.workflow(prompt, extra))
+    told = files.read_header(saved.path).metadata
+    assert (told["prompt"], told["workflow"]) == ('{"1": {"class_type": "X"}}', '{"nodes": []}')
+    monkeypatch.setattr(args, "disable_metadata", True)
+    assert saving.workflow(prompt, extra) == {}
+
+
+def test_a_weight_that_is_not_the_live_one_is_found_and_nothing_is_named(ours, save, samples, apply, output):
+    """Verification computes anew: what was written wrong, whoever wrote it, is not saved."""
+    baking = ours("nodes.host.baking")
+    model = inside.model("flux")
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    right, key = baking.Weight.chunks, next(iter(changed.patches))
+
+    def wrong(self, dtype):
+        return (chunk * (1 + 2**-20) if self.key == key else chunk for chunk in right(self, dtype))
+
+    baking.Weight.chunks = wrong
+    try:
+        with pytest.raises(ours("lora_ops.errors").FileError, match="more than rounding explains") as refused:
+            save("diffusion model", model=changed)
+    finally:
+        baking.Weight.chunks = right
+    assert refused.value.module == key.removeprefix("diffusion_model.")
+    assert os.listdir(output) == []
+
+
+def test_a_weight_that_the_dtype_cannot_hold_is_refused(ours, save, output, pack):
+    model = inside.model("flux")
+    with torch.no_grad():
+        model.model.diffusion_model.img_in.weight[0, 0] = 1e6
+    with pytest.raises(ours("lora_ops.errors").ShapeError, match=r"img_in\.weight.*too large for torch\.float16"):
+        save("diffusion model", torch.float16, model=model)
+    assert os.listdir(output) == []
+
+
+def test_cancelling_leaves_nothing(save, output, pack):
+    class Stopped(BaseException):
+        pass
+
+    model = inside.model("flux")
+    for share in (0.0, 0.4, 0.7, 0.95):  # writing, reading back, comparing
+
+        def stop(done, total, share=share):
+            if done >= share * total:
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            save("diffusion model", model=model, progress=stop)
+        assert os.listdir(output) == []
+
+
+def test_progress_ends_at_its_total(save, pack):
+    heard = []
+    save("diffusion model", model=inside.model("flux"), progress=lambda *each: heard.append(each))
+    done, totals = zip(*heard, strict=True)
+    assert list(done) == sorted(done) and len(set(totals)) == 1 and done[-1] == totals[0]
+
+
+def test_numbers_go_on_and_refuse_refuses(ours, save, pack):
+    model = inside.model("flux")
+    names = [save("diffusion model", model=model, prefix="a/ink")[0].path.name for _ in range(2)]
+    assert names == ["ink_00001_.safetensors", "ink_00002_.safetensors"]
+    ((saved),) = save("diffusion model", model=model, prefix="a/ink", if_exists="refuse")
+    assert saved.path.name == "ink.safetensors"
+    with pytest.raises(ours("lora_ops.errors").FileError, match="exists already"):
+        save("diffusion model", model=model, prefix="a/ink", if_exists="refuse")
+
+
+@pytest.mark.parametrize("layout", ["full checkpoint", "diffusion model", "CLIP", "VAE"])
+def test_a_layout_without_its_part_says_what_to_connect(layout, ours, save):
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="Connect a"):
+        save(layout)
+
+
+@pytest.mark.parametrize("prefix", ["../x", "a/../../x", "/x", "C:/x", "a\\..\\..\\x", "", "a/", "./x", "a/\0"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(prefix, ours, output):
+    with pytest.raises(ours("lora_ops.errors").FileError, match="no name inside the folder"):
+        ours("nodes.host.destinations").destination("output", "vae", prefix, {})
+    assert os.listdir(output) == []
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(ours, output, tmp_path_factory):
+    (output / "out").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    with pytest.raises(ours("lora_ops.errors").FileError, match="no name inside the folder"):
+        ours("nodes.host.destinations").destination("output", "vae", "out/x", {})
+
+
+def test_tokens_of_a_name_stand_for_the_date_and_for_inputs(ours):
+    import time
+
+    destinations = ours("nodes.host.destinations")
+    now = time.struct_time((2026, 3, 7, 4, 5, 9, 0, 0, 0))
+    prompt = {
+        "1": {"class_type": "KSampler", "inputs": {"seed": 42, "model": ["2", 0]}, "_meta": {"title": "Mine"}},
+        "2": {"class_type": "Loader", "inputs": {"name": "a/b:c"}, "_meta": {"title": "Load it"}},
+    }
+
+    def told(prefix):
+        return destinations.expanded(prefix, prompt, now)
+
+    assert told("%year%-%month%-%day% %hour%%minute%%second%") == "2026-03-07 040509"
+    assert told("%date:yyyy-MM-dd_h.mm%/x") == "2026-03-07_4.05/x"
+    assert told("%KSampler.seed%_%Mine.seed%_%Load it.name%") == "42_42_a_b_c"
+    assert told("100% new") == "100% new"
+    for unknown in ("%Nobody.seed%", "%KSampler.nothing%", "%Mine.model%", "%width%"):
+        with pytest.raises(ours("lora_ops.errors").FileError, match="no date and no value"):
+            told(unknown)
+
+
+def test_a_saved_model_is_in_the_hosts_list_at_once(ours, tmp_path, monkeypatch, pack):
+    import folder_paths
+
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae", ([str(tmp_path)], {".safetensors"}))
+    destinations = ours("nodes.host.destinations")
+    assert folder_paths.get_filename_list("vae") == []
+    to = destinations.destination("models", "vae", "ink", {})
+    seen = os.stat(tmp_path)
+    to.path(".safetensors").write_bytes(b"")
+    os.utime(tmp_path, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # a disk that keeps whole seconds
+    to.refresh()
+    assert folder_paths.get_filename_list("vae") == ["ink.safetensors"]
