@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from harness import comfy, inside
 from harness.comfy import PACK
 from harness.server import MOUNT
 
-CONTESTANTS = ("peft", "hand", "ours", "ours, checkpointing", "host")
+CONTESTANTS = ("peft", "peft, checkpointing", "hand", "ours", "ours, checkpointing", "host")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 TEXT = 768
 
@@ -76,15 +76,17 @@ def main() -> None:
 def _measured(asked: argparse.Namespace, contestant: str, dtype: str) -> dict[str, Any]:
     inside.mount(asked.comfy, cuda=torch.cuda.is_available())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    prepare = {"peft": _peft, "hand": _hand, "ours": _ours, "ours, checkpointing": _checkpointed, "host": _host}
-    loop, count = prepare[contestant](asked, device, DTYPES[dtype])
+    who, _, checkpointing = contestant.partition(", ")
+    prepare = {"peft": _peft, "hand": _hand, "ours": _ours, "host": _host}
+    made = prepare[who](asked, device, DTYPES[dtype], **({"checkpointing": True} if checkpointing else {}))
     loaded = _memory(device, reset=True)
     times: list[tuple[float, float]] = []
-    loop(lambda: times.append((time.perf_counter(), time.process_time())))
+    foreseen = made.loop(lambda: times.append((time.perf_counter(), time.process_time())))
     steps = [tuple(b - a for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(times)]
     wall, cpu = (min(column) for column in zip(*steps, strict=True))
     extra = (_memory(device) - loaded) / 2**20
-    return {"step_s": round(wall, 4), "cpu_s": round(cpu, 4), "extra_mb": round(extra), "modules": count}
+    told = {"step_s": round(wall, 4), "cpu_s": round(cpu, 4), "extra_mb": round(extra), "modules": made.modules}
+    return told if foreseen is None else told | {"foreseen_mb": round(foreseen / 2**20)}
 
 
 def _memory(device: torch.device, *, reset: bool = False) -> int:
@@ -99,7 +101,9 @@ def _memory(device: torch.device, *, reset: bool = False) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
 
 
-Loop = Callable[[Callable[[], None]], None]  # tells when a step is done
+class Made(NamedTuple):
+    loop: Callable[[Callable[[], None]], int | None]  # tells when a step is done; gives the bytes that were foreseen
+    modules: int | None  # that train
 
 
 def _latent(asked: argparse.Namespace) -> torch.Tensor:
@@ -115,8 +119,9 @@ def _epsilon_loop(
     device: torch.device,
     autocast: torch.dtype | None,
     parameters: list[nn.Parameter],
+    modules: int,
     answer: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
-) -> Loop:
+) -> Made:
     """What diffusers' script does each step."""
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
     latent, text = _latent(asked).to(device), _text().to(device)
@@ -133,23 +138,27 @@ def _epsilon_loop(
             float(loss.detach())
             done()
 
-    return loop
+    return Made(loop, modules)
 
 
-def _peft(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> tuple[Loop, int]:
+def _peft(
+    asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None, *, checkpointing: bool = False
+) -> Made:
     import peft
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     small: dict[str, Any] = {"block_out_channels": (32, 64, 128, 128)} if asked.small else {}
     unet: Any = UNet2DConditionModel(cross_attention_dim=TEXT, **small).requires_grad_(False)
     unet.to(device)
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     model = peft.get_peft_model(unet, peft.LoraConfig(r=asked.rank, lora_alpha=asked.rank, target_modules=names))
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return _epsilon_loop(asked, device, autocast, parameters, lambda x, t, text: model(x, t, text).sample), len(names)
+    return _epsilon_loop(asked, device, autocast, parameters, len(names), lambda x, t, text: model(x, t, text).sample)
 
 
-def _hand(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> tuple[Loop, int]:
+def _hand(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> Made:
     network = inside.model("sd15", smaller=asked.small).model.diffusion_model.to(device)
     maps: list[Any] = [module for module in network.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     parameters: list[nn.Parameter] = []
@@ -159,7 +168,7 @@ def _hand(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype
     def answer(x: torch.Tensor, moment: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         return network(x, moment, context=text)
 
-    return _epsilon_loop(asked, device, autocast, parameters, answer), len(maps)
+    return _epsilon_loop(asked, device, autocast, parameters, len(maps), answer)
 
 
 def _wrapped(module: Any, rank: int, device: torch.device) -> list[nn.Parameter]:
@@ -177,20 +186,13 @@ def _wrapped(module: Any, rank: int, device: torch.device) -> list[nn.Parameter]
     return [up, down]
 
 
-def _checkpointed(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> tuple[Loop, int]:
-    return _ours(asked, device, autocast, checkpointing=True)
-
-
 def _ours(
     asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None, *, checkpointing: bool = False
-) -> tuple[Loop, int]:
+) -> Made:
     import comfy.model_management
 
-    training, loop_of, plan_of = (
-        _pack("nodes.host.training"),
-        _pack("lora_ops.train.loop"),
-        _pack("lora_ops.train.plan"),
-    )
+    training, memory = _pack("nodes.host.training"), _pack("lora_ops.train.memory")
+    loop_of, plan_of = _pack("lora_ops.train.loop"), _pack("lora_ops.train.plan")
     patcher = inside.model("sd15", smaller=asked.small)
     comfy.model_management.load_models_gpu([patcher])
     model = training.Model(patcher)
@@ -203,15 +205,16 @@ def _ours(
     for each in wrapper.trained:
         each.to(device)
 
-    def loop(done: Callable[[], None]) -> None:
+    def loop(done: Callable[[], None]) -> int:
         run = loop_of.Run(plan, wrapper)
-        with model.running(wrapper, [item], checkpointing=checkpointing):
+        with model.running(wrapper, [item], checkpointing=checkpointing) as found:
             loop_of.train(run, [item], model.predict, model.sampling, timesteps, progress=lambda _: done())
+            return memory.estimate(found.kept, run.parameters, plan.descent, ema=False).total
 
-    return loop, len(where)
+    return Made(loop, len(where))
 
 
-def _host(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> tuple[Loop, int]:
+def _host(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype | None) -> Made:
     import comfy.utils
     from comfy_extras.nodes_train import TrainLoraNode
 
@@ -248,7 +251,7 @@ def _host(asked: argparse.Namespace, device: torch.device, autocast: torch.dtype
         comfy.utils.set_progress_bar_global_hook(lambda *_, **__: done())
         TrainLoraNode.execute(**{name: [value] for name, value in values.items()})
 
-    return loop, 0
+    return Made(loop, None)
 
 
 def _pack(name: str) -> Any:
@@ -257,10 +260,14 @@ def _pack(name: str) -> Any:
 
 def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     told = ", ".join(f"{key} {value}" for key, value in about.items())
-    lines = [f"# Training\n\n{told}\n", "| dtype | who | step s | CPU s | extra MB |", "|---|---|---|---|---|"]
+    lines = [f"# Training\n\n{told}\n", "| dtype | who | step s | CPU s | extra MB | foreseen |", "|" + "---|" * 6]
     for row in rows:
-        figures = "failed | | " if "failed" in row else f"{row['step_s']} | {row['cpu_s']} | {row['extra_mb']} "
-        lines.append(f"| {row['dtype']} | {row['contestant']} | {figures}|")
+        figures = (
+            ["failed"]
+            if "failed" in row
+            else [row["step_s"], row["cpu_s"], row["extra_mb"], row.get("foreseen_mb", "")]
+        )
+        lines.append(f"| {row['dtype']} | {row['contestant']} | {' | '.join(map(str, figures))} |")
     return "\n".join(lines) + "\n"
 
 

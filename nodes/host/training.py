@@ -173,10 +173,12 @@ class Model:
             return wrapper(apply, call)
         return apply(noisy, sigma, **conditioning)
 
-    def item(self, latent: Tensor, condition: Sequence[Any], **more: Any) -> Item:
+    def item(self, latent: Tensor, condition: Sequence[Any], guidance: float | None = None, **more: Any) -> Item:
         """An item from one latent of a LATENT (channels, …) and one CONDITIONING, in tensors that autograd takes.
 
-        Raises TrainingError for a conditioning that is more than a description of one picture.
+        guidance is what a guidance-distilled model (FLUX.1 dev) is told, instead of what the conditioning says. Raises
+        TrainingError for a conditioning that is more than a description of one picture, and for guidance to a model
+        that is told none.
         """
         if len(condition) != 1:
             what = f"A picture has {len(condition)} conditionings at once; it should have one."
@@ -186,6 +188,10 @@ class Model:
             if options.get(name) is not None:
                 what = f"A picture's conditioning has {shown(name)}, which training does not use."
                 raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
+        if guidance is not None:
+            if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
+                raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
+            options = {**options, "guidance": guidance}
         with torch.inference_mode(False):
             scaled = self.patcher.model.process_latent_in(latent[None].float().clone())[0]
             return Item(scaled, [[_copied(cross), _copied(options)]], **more)

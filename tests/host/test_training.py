@@ -465,6 +465,17 @@ def test_pictures_of_different_prompts_train_in_one_batch_as_alone(train):
                 torch.testing.assert_close(both[n : n + 1], alone, rtol=1e-4, atol=1e-4)
 
 
+def test_guidance_is_told_to_models_that_are_distilled_and_to_no_other(train):
+    session, answers = Session(train, "flux"), []
+    with torch.inference_mode(), session.running():
+        for guidance in (1.0, 3.5, None):
+            item = session.model.item(noise(16, 16, 16), conditioning("flux"), guidance=guidance)
+            answers.append(session.model.predict(item.latent[None], torch.tensor([0.5]), [item.condition]))
+    assert torch.equal(answers[1], answers[2]) and not torch.equal(answers[0], answers[1])  # the host's default is 3.5
+    with pytest.raises(train.errors.TrainingError, match="no guidance"):
+        Session(train, "sd35_medium").model.item(noise(16, 16, 16), conditioning("sd35_medium"), guidance=1.0)
+
+
 def test_a_conditioning_that_is_no_plain_prompt_is_refused(train):
     session = Session(train, "sd35_medium")
     ((cross, options),) = conditioning("sd35_medium")
