@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,8 @@ class OutOfPlace(TorchFunctionMode):
 
 
 class Probe(NamedTuple):
-    """What a forward pass keeps for the backward pass, in bytes, whether it writes into any of that later, and what it
-    gives."""
+    """What a step keeps for the backward pass at most, in bytes, whether the forward pass writes into any of that
+    later, and what it gives."""
 
     kept: int
     overwrites: bool
@@ -45,24 +46,58 @@ class Probe(NamedTuple):
 
 def probe(forward: Callable[[], Tensor]) -> Probe:
     """Run a forward pass that keeps nothing: it needs the memory of one without gradients."""
-    kept: dict[int, StorageWeakRef] = {}
-    total = 0
+    probing = _Probing()
+    writes, token = _Writes(probing.outside.storages), _probing.set(probing)
+    try:
+        with probing.outside.counting(), writes:
+            result = forward().detach()
+    finally:
+        _probing.reset(token)
+    return Probe(probing.outside.total + probing.largest, writes.found, result)
 
-    def pack(tensor: Tensor) -> None:
-        nonlocal total
+
+class _Kept:
+    """The storages that autograd would keep, each once."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, StorageWeakRef] = {}
+        self.total = 0
+
+    def keep(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        found = kept.get(storage._cdata)
-        if (found is None or found.expired()) and not isinstance(tensor, nn.Parameter):
-            kept[storage._cdata] = StorageWeakRef(storage)
-            total += storage.nbytes()
+        found = self.storages.get(storage._cdata)
+        of_parameter = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
+        if (found is None or found.expired()) and not of_parameter:
+            self.storages[storage._cdata] = StorageWeakRef(storage)
+            self.total += storage.nbytes()
 
-    def unpack(_: None) -> Tensor:
-        raise AssertionError("a probe has no backward pass")
+    def counting(self) -> AbstractContextManager[Any]:
+        return torch.autograd.graph.saved_tensors_hooks(self.keep, _no_backward)
 
-    writes = _Writes(kept)
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack), writes:
-        result = forward().detach()
-    return Probe(total, writes.found, result)
+
+def _no_backward(_: None) -> Tensor:
+    raise AssertionError("a probe has no backward pass")
+
+
+class _Probing:
+    """A probe under way: what is kept outside of blocks that are computed again, and the most that one of these keeps
+    while it is."""
+
+    def __init__(self) -> None:
+        self.outside, self.largest = _Kept(), 0
+
+    def block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):  # what a checkpoint keeps
+                self.outside.keep(value)
+        inside = _Kept()
+        with inside.counting():
+            result = forward(*args, **kwargs)
+        self.largest = max(self.largest, inside.total)
+        return result
+
+
+_probing: ContextVar[_Probing | None] = ContextVar("_probing", default=None)
 
 
 class _Writes(TorchDispatchMode):
@@ -126,6 +161,9 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
+        probing = _probing.get()
+        if probing is not None:
+            return probing.block(once, *args, **kwargs)
         return checkpoint(once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     return run
