@@ -127,6 +127,13 @@ def test_what_is_not_possible_is_refused_by_name():
     assert Plan(1, aims=(Aim(rank=4),), initial="pissa_niter_4").initial == "pissa_niter_4"
 
 
+@pytest.mark.parametrize("kind", ["pissa_niter_2", "orthogonal"])
+def test_the_same_seed_draws_the_same(kind):
+    first, again, other = (of_weight(kind, rand(16, 32), 4, 4.0, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.down, again.down) and torch.equal(first.up, again.up)
+    assert not torch.equal(first.down, other.down)
+
+
 def test_a_convolution_is_a_matrix_to_pissa():
     weight = rand(16, 3, 3, 3)
     found = of_weight("pissa", weight, 16, 32.0, 0)
