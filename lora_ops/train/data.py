@@ -29,9 +29,9 @@ class Item:
 
 
 def widest(items: Sequence[Item], batch: int) -> list[Item]:
-    """The batch that needs most memory."""
+    """The batch that needs most memory. Raises TrainingError if there is nothing."""
     shapes = _shapes(items)
-    numbers = max(shapes, key=lambda there: min(len(there), batch) * items[there[0]].latent.numel(), default=())
+    numbers = max(shapes, key=lambda there: min(len(there), batch) * items[there[0]].latent.numel())
     return [items[number] for number in numbers[:batch]]
 
 
@@ -43,8 +43,6 @@ def batches(items: Sequence[Item], batch: int, accumulate: int, seed: int, step:
     """
     shapes = _shapes(items)
     count = sum(-(-len(there) // batch) for there in shapes)
-    if not count:
-        raise TrainingError("There is nothing to learn from.", remedy="Give at least one picture.")
     found: list[list[int]] = []
     for number in range(step * accumulate, (step + 1) * accumulate):
         epoch, position = divmod(number, count)
@@ -58,6 +56,8 @@ def _shapes(items: Sequence[Item]) -> list[list[int]]:
     for number, item in enumerate(items):
         key = tuple(item.latent.shape), item.mask is None, item.of_base
         shapes.setdefault(key, []).append(number)
+    if not shapes:
+        raise TrainingError("There is nothing to learn from.", remedy="Give at least one picture.")
     return list(shapes.values())
 
 

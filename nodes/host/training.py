@@ -16,6 +16,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 from comfy.patcher_extension import PatcherInjection
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
 from ...lora_ops.errors import TrainingError, shown
@@ -45,8 +46,8 @@ def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """A weight as the host computes with it: patched, de-quantised, brought from where it is."""
     if not hasattr(module, "weight_function"):
         return stored_weight(module, like)
-    found: Any = comfy.ops.cast_bias_weight(module, dtype=like.dtype, device=like.device, bias_dtype=like.dtype)
-    return found
+    weight, bias = comfy.ops.cast_bias_weight(module, dtype=like.dtype, device=like.device, bias_dtype=like.dtype)
+    return weight.dequantize().to(like.dtype) if isinstance(weight, QuantizedTensor) else weight, bias
 
 
 class Model:
@@ -78,9 +79,7 @@ class Model:
         return weight.narrow(0, place.target.rows.start, place.target.rows.length)
 
     @contextmanager
-    def running(
-        self, wrapper: Wrapper, batch: Sequence[Item], *, checkpointing: bool = False, memory: int = 0
-    ) -> Iterator[Probe]:
+    def running(self, wrapper: Wrapper, batch: Sequence[Item], *, checkpointing: bool = False) -> Iterator[Probe]:
         """While inside, the model is loaded with the wrapper in it, and answers with gradients; yields what a batch
         like this one keeps for them.
 
@@ -92,7 +91,8 @@ class Model:
         patcher.injections = {KEY: [_injection(wrapper)], **patcher.injections}
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                management.load_models_gpu([patcher], memory_required=memory)
+                sampling = patcher.memory_required([len(batch), *batch[0].latent.shape])
+                management.load_models_gpu([patcher], memory_required=sampling)
                 patcher.eject_model()  # what was in from an earlier clone
                 patcher.inject_model()
                 patcher.pre_run()

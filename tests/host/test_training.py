@@ -285,7 +285,8 @@ def test_models_of_other_types_learn(train, dtype):
     assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
 
 
-def test_a_quantised_model_learns(train):
+@pytest.mark.parametrize("initial", ["gaussian", "pissa_niter_2"])
+def test_a_quantised_model_learns(train, initial):
     """The host's quantised Linear, which is no nn.Linear: its gradient is that of the de-quantised weight."""
     from comfy.ops import mixed_precision_ops
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
@@ -301,7 +302,7 @@ def test_a_quantised_model_learns(train):
         quantised.quant_format, quantised.layout_type = "float8_e4m3fn", layout
         quantised.bias = plain.bias
         block.qkv = quantised
-    loss, lower = Session(train, "flux", patcher).learn()
+    loss, lower = Session(train, "flux", patcher, initial=initial).learn()
     assert lower < 0.9 * loss
 
 
@@ -404,6 +405,12 @@ def test_out_of_memory_names_the_setting_that_frees_most_and_goes_on_later(train
     assert needed.parameters == 16 * count and needed.activations > 0 and free > 0
     rest = session.model.learn(plan, [session.item], name="rest", path=path)
     assert all(torch.equal(rest.modules[name].up, each.up) for name, each in whole.modules.items())
+
+
+def test_nothing_to_learn_from_is_said(train):
+    session = Session(train, "sd35_medium")
+    with pytest.raises(train.errors.TrainingError, match="nothing to learn from"):
+        session.model.learn(session.plan, [], name="x")
 
 
 def test_cancelling_keeps_the_state(train, tmp_path):
