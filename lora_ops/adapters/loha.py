@@ -111,6 +111,10 @@ class LoHa(Additive):
         """From ΔW, some rows at a time: its Gram matrices, of rank², would be larger than what they save. None where
         that would take long: a file of kilobytes can name a ΔW of gigabytes."""
         rows, columns = self.hada_w1_a.shape[1 - self._inner], self.hada_w1_b[0].numel()
+        if self.hada_t1 is not None:
+            columns *= self.hada_t1[0, 0].numel()
+            if self.rank * columns > CHUNK:  # a core is folded before the rows are cut
+                return None
         if rows * columns > LARGEST:
             return None
         some, found = max(1, CHUNK // columns), 0.0

@@ -499,6 +499,15 @@ def _misfits() -> Iterator[Refused]:
                   "unet.linear", "update of (40000, 40000)")  # fmt: skip
     yield Refused("a bomb of entries", _bomb("linear", hada_w1_a=wide, hada_w1_b=wide[::-1], hada_w2_a=wide,
                   hada_w2_b=wide[::-1]), "unet.linear", "update of (30000, 30000)")  # fmt: skip
+    core = (1, 1, 100_000)
+    yield Refused("a bomb of a core", _bomb("linear", lora_up__weight=(4, 1), lora_mid__weight=core,
+                  lora_down__weight=core[1:]), "unet.linear", "update of (4, 100000, 100000)")  # fmt: skip
+    yield Refused("a bomb of two cores", _bomb("linear", hada_w1_a=(1, 4), hada_w1_b=core[1:], hada_t1=core,
+                  hada_w2_a=(1, 4), hada_w2_b=core[1:], hada_t2=core), "unet.linear", "update of (4, 100")  # fmt: skip
+    yield Refused("a bomb of a product with a core", _bomb("linear", lokr_w1=(1, 1), lokr_w2_a=(1, 4),
+                  lokr_w2_b=core[1:], lokr_t2=core), "unet.linear", "update of (4, 100000, 100000)")  # fmt: skip
+    yield Refused("a bomb of a rank", _bomb("linear", lora_up__weight=(5, 50_000), lora_down__weight=(50_000, 6)),
+                  "unet.linear", "update of (5, 6)")  # fmt: skip
     for name in ("lora_unet_double_blocks_0_img_attn_qkv", "unet.nowhere", "../../etc/passwd", "a\n\x1b[2JINFO fine"):
         yield Refused(f"a LoRA for {name!r}", saved(lora(name)), name, "no")
 
