@@ -93,6 +93,7 @@ class Hook:
         if self._turns:
             self.terms = []
 
+    @torch.no_grad()
     def renew(self) -> None:
         """The matrices that depend on strengths which have changed, in their place."""
         for term in self.terms:
@@ -116,7 +117,8 @@ class Hook:
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """The factors where the module's input is, in its dtype, those of low rank joined to one pair."""
-        with torch.inference_mode(False):  # else neither gradients nor later strengths could pass
+        # else neither gradients nor later strengths could pass; and what is kept is a constant to both
+        with torch.inference_mode(False), torch.no_grad():
             gains, terms = self._gains(device, dtype), []
             for band, there in self._parts:
                 count = sum(part.gains for part in there)

@@ -22,6 +22,9 @@ class Term:
     product: Product  # its down is (rank, in, kernel…)
     gains: Tensor  # (rank,) or (1,)
 
+    def __post_init__(self) -> None:
+        self.product = Product._make(None if each is None else ordinary(each) for each in self.product)
+
 
 @dataclass(eq=False)
 class Turned:
@@ -34,6 +37,9 @@ class Turned:
     inside: Term | None
     part: Part
     strengths: tuple[float, ...] = ()  # of the pieces before it, when its last matrix was made
+
+    def __post_init__(self) -> None:
+        self.matrices = tuple(map(ordinary, self.matrices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +100,11 @@ def below(term: Turned, before: Sequence[Term | Turned]) -> list[Term | Turned]:
 
 def _meet(one: Band | None, other: Band | None) -> bool:
     return one is None or other is None or (one.start < other.end and other.start < one.end)
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy if it was made in inference mode, as those of files are: no gradient could pass it."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def moved(piece: Piece, device: torch.device) -> Any:

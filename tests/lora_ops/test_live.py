@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,7 +238,7 @@ def by_entry(strengths, pieces):
 
 def assert_near(found, exact):
     """float32 against float64: each entry is a sum of some dozens of products, each rounded at 6e-8."""
-    assert (found.detach().double() - exact).norm() <= 1e-6 * exact.norm()
+    assert (found.detach().double() - exact.detach()).norm() <= 1e-6 * exact.detach().norm()
 
 
 @pytest.fixture(params=CASES)
@@ -255,7 +257,7 @@ def expected(module, x, pieces):
     changed._parameters["weight"] = nn.Parameter(exact)
     if changed._parameters.get("bias") is not None:
         changed._parameters["bias"] = nn.Parameter(module.bias.detach().double())
-    return changed(x.double()).detach()
+    return changed(x.double())
 
 
 def test_live_is_the_module_with_the_update_in_its_weight(case):
@@ -291,6 +293,40 @@ def test_a_changed_strength_is_read_at_the_next_call_and_changes_no_tensor_but_o
         live.remove()
     changed = [Piece(p.adapter, p.band, [2.0, 0.0, -1.0][p.entry] * p.factor, p.entry) for p in pieces]
     assert_near(found, expected(module, x, changed))
+
+
+def test_gradients_pass_through_what_was_read_in_inference_mode(case):
+    """As the host reads files. Twice: what the first pass has made is kept."""
+    module, x, pieces, _ = case
+    with torch.inference_mode():
+        read = [replace(each, adapter=Piece.unpacked(each.packed(), torch.clone).adapter) for each in pieces]
+        live = Live({"m": module}, {"m": read})
+        live.set_strengths(by_entry(STRENGTHS, pieces))
+    exact = x.double().requires_grad_()
+    truth = expected(module, exact, pieces)
+    wanted = rand(*truth.shape, seed=11)
+    (true,) = torch.autograd.grad((truth * wanted).sum(), exact)
+    try:
+        live.install()
+        for _ in range(2):
+            ours = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad((module(ours) * wanted).sum(), ours)
+            assert (gradient - true).norm() <= 1e-5 * true.norm()
+    finally:
+        live.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_costs_its_rounding_and_no_more(case, dtype):
+    module, x, pieces, _ = case
+    module, x = copy.deepcopy(module).to(dtype), x.to(dtype)
+    live = Live({"m": module}, {"m": pieces})
+    live.set_strengths(by_entry(STRENGTHS, pieces))
+    live.install()
+    found, exact = module(x), expected(module, x, pieces)
+    assert found.dtype == dtype
+    # inputs, factors and sums in between are rounded, some of them larger than what comes out
+    assert (found.double() - exact).norm() <= 4 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_removing_leaves_nothing_behind(case):
