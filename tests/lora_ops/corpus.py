@@ -275,6 +275,27 @@ ALGEBRAS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
         "conv",
         {"lokr_w1": (2, 3), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 2), "lokr_t2": _CORE},
     ),
+    "LoKr with two cores": (
+        "conv",
+        {
+            "lokr_w1_a": (2, 2),
+            "lokr_w1_b": (2, 3),
+            "lokr_t1": (2, 2, 1, 1),
+            "lokr_w2_a": (2, 2),
+            "lokr_w2_b": (2, 2),
+            "lokr_t2": _CORE,
+        },
+    ),
+    "GLoRA with a core": (
+        "conv",
+        {
+            "a1.weight": (6, 2, 1, 1),
+            "a2.weight": (2, 6, 1, 1),
+            "b1.weight": (4, 2, 1, 1),
+            "b2.weight": (2, 6, 1, 1),
+            "bm.weight": _CORE,
+        },
+    ),
     "GLoRA": ("linear", {"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (4, 2), "b2.weight": (2, 6)}),
     "Diag-OFT": ("linear", {"oft_blocks": (2, 2, 2)}),
     "BOFT": ("linear", {"oft_blocks": (2, 2, 2, 2), "rescale": (4, 1)}),
