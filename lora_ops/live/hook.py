@@ -74,7 +74,8 @@ class Hook:
 
     def _turn_of(self, piece: Piece, name: str) -> Turn:
         assert isinstance(piece.adapter, Transform)
-        turn = piece.adapter.turn(self._shape) if len(self._shape) > 1 else None
+        runs = piece.adapter.with_bias if self._of_bias else len(self._shape) > 1
+        turn = piece.adapter.turn(self._shape) if runs else None
         if turn is None:
             raise _cannot(piece, name)
         return turn
@@ -108,8 +109,7 @@ class Hook:
         if y.requires_grad:
             y = y.clone()
         if self._turns:
-            bare = self._bare(x) if not alone else y if self._offset is None else y - self._offset
-            return y.add_(self._change(x, bare, self.terms))
+            return y.add_(self._change(x, self._own(x, y, alone=alone), self.terms))
         for term in self.terms:
             assert isinstance(term, Term)
             self._add(x, y, term)
@@ -158,6 +158,15 @@ class Hook:
         there = zip(part.before, self._before(part), strict=True)
         add_(weight, [replace(moved(piece, device), strength=now) for piece, now in there if now])
         return turn.of_weight(self._rows(weight, part.piece.band, 0))
+
+    def _own(self, x: Tensor, y: Tensor, *, alone: bool) -> Tensor:
+        """What the module's own weight, or bias, puts into its output y."""
+        if self._of_bias:
+            assert self._offset is not None
+            return self._offset.reshape(-1, *[1] * (y.ndim - 2 if self._axis == 1 else 0)).expand_as(y)
+        if not alone:
+            return self._bare(x)
+        return y if self._offset is None else y - self._offset
 
     def _bare(self, x: Tensor) -> Tensor:
         """The module's own output without its bias, as a linear map: no hook runs."""

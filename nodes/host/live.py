@@ -223,6 +223,13 @@ def _require_as_it_was(patcher: Any, attached: Attached) -> None:
                 module=key,
                 remedy="Put that patch before it, or use mode patch for it.",
             )
+    for there in patcher.hook_patches.values():
+        for key in there.keys() & attached.seen.keys():
+            raise TargetError(
+                "is changed by a hook while a DoRA or another change that depends on it runs live on it.",
+                module=key,
+                remedy="Use mode patch for the DoRA.",
+            )
     if _merges(patcher) > attached.merges:
         raise TargetError(
             "The model was merged with another one after a LoRA was put on it live.",

@@ -472,6 +472,34 @@ def test_a_bias_gets_its_difference_beside_its_weight_and_nothing_stays(module, 
         assert module.__dict__ == before
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_of_outputs_turns_the_bias_too(name):
+    """PEFT's (IA)³, between differences of the bias and updates of the weight."""
+    module, x = MODULES[name]
+    shape, factors = tuple(module.weight.shape), build({"ia3_l": 1 + rand(12, 1)})
+    pieces = {
+        "m.bias": [
+            Piece(Full(rand(12, seed=1)), None, 1.0, 0),
+            Piece(factors, None, -0.5, 1),
+            Piece(Full(rand(4, seed=2)), Band(2, 4), 0.3, 2),
+            Piece(factors, None, 0.3, 2),
+        ],
+        "m.weight": [Piece(low_rank(*shape), None, 1.0, 0), Piece(factors, None, -0.5, 1)],
+    }
+    exact = copy.deepcopy(module).double()
+    with torch.no_grad():
+        for key, there in pieces.items():
+            add_(getattr(exact, key[2:]), there)
+    live = Live({"m.weight": module, "m.bias": module}, pieces)
+    live.set_strengths(dict(enumerate(STRENGTHS)))
+    live.install()
+    try:
+        found = module(x)
+    finally:
+        live.remove()
+    assert_near(found, exact(x.double()))
+
+
 @pytest.mark.parametrize("name", ["m.weight", "m.bias"])
 def test_a_low_rank_update_of_a_vector_is_refused(name):
     module = nn.LayerNorm(8) if name == "m.weight" else nn.Linear(8, 8)
