@@ -117,7 +117,7 @@ def test_glora_of_lycoris(layer):
 
 @pytest.mark.parametrize("layer", TUCKER)
 def test_the_core_of_a_glora_is_what_lycoris_makes_of_it(layer):
-    """Its modules never make one (they want a kernel of ones and of others at once); the function that merges has it."""
+    """Its modules make none (they ask for a kernel that is of ones and is not); the function that merges has it."""
     torch.manual_seed(1)
     weight, rank = LAYERS[layer]().weight.detach(), 4
     rows, inputs, *kernel = weight.shape
