@@ -273,7 +273,7 @@ def weights(patcher: Any) -> frozenset[str]:
 
 def turned(patcher: Any) -> frozenset[str]:
     """Those of them that are looked at: a patch after them would be seen, too."""
-    attached = patcher.get_attachment(KEY)
+    attached = attached_to(patcher)
     return frozenset() if attached is None else frozenset(attached.seen)
 
 
@@ -294,7 +294,7 @@ def bakeable(patcher: Any) -> Attached | None:
 
     Raises TargetError for what depends on the step: no weight can hold it.
     """
-    attached = patcher.get_attachment(KEY)
+    attached = attached_to(patcher)
     if attached is None:
         return None
     _require_as_it_was(patcher, attached)
