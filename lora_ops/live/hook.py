@@ -141,7 +141,7 @@ class Hook:
             within = Part(Piece(turn.inside, None, 1.0), turn.inside.product())
             scale = torch.full((within.gains,), within.scale, device=device, dtype=dtype)
             inside = Term(None, within.on(device, dtype, self._shape), scale)
-        matrices = [matrix.to(dtype) for matrix in turn.matrices]
+        matrices = [matrix.to(dtype, copy=True) for matrix in turn.matrices]
         if turn.of_weight is not None:
             matrices.append(self._of_weight(part, turn, device).to(dtype))
         return Turned(band, turn, gains, tuple(matrices), inside, part, self._before(part))

@@ -22,9 +22,6 @@ class Term:
     product: Product  # its down is (rank, in, kernel…)
     gains: Tensor  # (rank,) or (1,)
 
-    def __post_init__(self) -> None:
-        self.product = Product._make(None if each is None else ordinary(each) for each in self.product)
-
 
 @dataclass(eq=False)
 class Turned:
@@ -37,9 +34,6 @@ class Turned:
     inside: Term | None
     part: Part
     strengths: tuple[float, ...] = ()  # of the pieces before it, when its last matrix was made
-
-    def __post_init__(self) -> None:
-        self.matrices = tuple(map(ordinary, self.matrices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,10 +61,11 @@ class Part:
         return self.product is not None and self.product.up is not None and self.product.left is None
 
     def on(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Product:
-        """The factors for a weight of this shape, or ΔW, computed on the device in float32."""
+        """The factors for a weight of this shape, or ΔW, computed on the device in float32. Copies: no gradient could
+        pass what was read in inference mode."""
         if self.product is None:
             return Product(moved(self.piece, device).adapter.delta(shape).to(dtype))
-        down, up, left = (None if each is None else each.to(device, dtype) for each in self.product)
+        down, up, left = (None if each is None else each.to(device, dtype, copy=True) for each in self.product)
         assert down is not None
         return Product(down.reshape(len(down), -1, *shape[2:]), up, left)
 
@@ -100,11 +95,6 @@ def below(term: Turned, before: Sequence[Term | Turned]) -> list[Term | Turned]:
 
 def _meet(one: Band | None, other: Band | None) -> bool:
     return one is None or other is None or (one.start < other.end and other.start < one.end)
-
-
-def ordinary(tensor: Tensor) -> Tensor:
-    """The tensor, or its copy if it was made in inference mode, as those of files are: no gradient could pass it."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def moved(piece: Piece, device: torch.device) -> Any:
