@@ -21,9 +21,9 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 _MARKER = "scaled_fp8"  # a tensor that says that a file has scale_weight
 FORMATS = "_quantization_metadata"  # in metadata, where comfy_quant is not beside the weights
 _SCALES = ("weight_scale", "scale_weight")
-_INPUTS = ("input_scale", "scale_input", "pre_quant_scale")  # of what a layer is given, not of its weight
+_INPUTS = ("input_scale", "scale_input")  # of what a layer is given, not of its weight
 _FORMAT = "comfy_quant"
-_OTHERS = ("weight_scale_2", "weight_scale_inv", "weight.absmax", "weight_s_rel", "SCB")
+_OTHERS = ("weight_scale_2", "weight_scale_inv", "weight.absmax", "weight_s_rel", "SCB", "pre_quant_scale")
 _BESIDE = (*_SCALES, *_INPUTS, _FORMAT, *_OTHERS)
 # What the weights of a layer are packed as, by a tensor that only such a layer has: nothing tells their shapes.
 _PACKED = {
@@ -32,7 +32,6 @@ _PACKED = {
     "weight_s_rel": "w4a8",
     "qweight": "int4 (GPTQ, AWQ or SVDQuant)",
 }
-
 
 Where = Mapping[str, Header]  # a tensor -> its file, of all that belong together: a scale may be in another shard
 
