@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from harness.comfy import PACK
+from tests.keys.coverage import same
 
 EVERY = int(os.environ.get("LORA_OPS_COVERAGE", "4"))  # of so many cells one is counted; a release deserves all (1)
 TABLE = (PACK / "README.md").read_text("utf-8").split("<!-- coverage -->")[1]
@@ -30,3 +31,8 @@ def test_every_module_lands_in_every_dialect():
     counts = re.findall(r"(✓|\d+) · (✓|\d+)", TABLE)
     assert len(counts) > 300 and any(host != "✓" for _, host in counts)
     assert all(ours == "✓" for ours, _ in counts)
+
+
+def test_a_counted_cell_that_differs_is_noticed_and_one_that_was_not_counted_is_not():
+    assert same("| a | ? |", "| a | 3 |")
+    assert not same("| 2 | ? |", "| a | 3 |") and not same("| a |", "| a | 3 |")
