@@ -25,7 +25,7 @@ from lora_ops.stack import Entry
 from tests.lora_ops import corpus
 
 REFUSED = (*corpus.STRUCTURAL, *corpus.VALUES)
-FUZZ = int(os.environ.get("LORA_OPS_FUZZ", "5000"))  # mutated files; a release deserves a million
+FUZZ = int(os.environ.get("LORA_OPS_FUZZ", "20000"))  # mutated files; a release deserves a million
 
 
 def by_name(cases):
