@@ -2,10 +2,11 @@
 
 from .disk import Checkpoint, Stored, opened
 from .merging import DTYPES, contents, merge, metadata
-from .unmerging import Distance, bounds, distance, subtract
+from .unmerging import Bound, Distance, bounds, distance, subtract
 
 __all__ = [
     "DTYPES",
+    "Bound",
     "Checkpoint",
     "Distance",
     "Stored",
