@@ -15,7 +15,14 @@ from harness.server import MOUNT
 
 SMALLER = {
     "sd15": {"model_channels": 32},
-    "sdxl": {"model_channels": 32, "num_heads": 8, "num_head_channels": -1},
+    "sdxl": {
+        "model_channels": 32,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "transformer_depth": [0, 0, 2, 2, 3, 3],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+        "transformer_depth_middle": 3,
+    },
     "flux": {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 2, "context_in_dim": 64},
     "sd35_medium": {
         "depth": 2,
