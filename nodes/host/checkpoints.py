@@ -57,7 +57,7 @@ class Part:
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
         """By the name in the module that the host saves."""
-        found = weights(self.patcher, self.prefix)
+        found = weights(self.patcher, self.prefix, dequantised=self.dtype is not None)
         return {key.removeprefix(self.prefix): weight for key, weight in found.items()}
 
     @cached_property

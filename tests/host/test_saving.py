@@ -164,6 +164,73 @@ def test_clip_and_vae_reopen_from_files_of_their_own(ours, save, checkpoint, pat
     assert differing(comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(saved.path))).get_sd(), vae.get_sd()) == []
 
 
+@pytest.fixture(scope="module")
+def quantised(ours, pack, tmp_path_factory):
+    """quantised(algorithm): a small FLUX model of which some Linears are quantised, by the host's own loader."""
+    import comfy.sd
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    def load(algorithm):
+        path = tmp_path_factory.mktemp("quantised") / f"{algorithm}.safetensors"
+        found = dict(inside.model("flux").model.diffusion_model.state_dict())
+        for module in [key.removesuffix("weight") for key in found if re.search(r"linear\d\.weight", key)]:
+            weight = QuantizedTensor.from_float(
+                found.pop(f"{module}weight"), QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+            )
+            exponents = torch.float8_e8m0fnu
+            for name, tensor in weight.state_dict(f"{module}weight").items():
+                found[name] = tensor.view(torch.uint8) if tensor.dtype == exponents else tensor
+            found[f"{module}comfy_quant"] = torch.tensor(
+                list(f'{{"format": "{algorithm}"}}'.encode()), dtype=torch.uint8
+            )
+        ours("lora_ops.files").write(path, found, overwrite=False)
+        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+
+    return load
+
+
+def floats(patcher):
+    """The model's values, as float32."""
+    state = {key: each for key, each in patcher.model.named_parameters() if key.endswith(("weight", "bias", "scale"))}
+    return {key: each.dequantize() if hasattr(each, "dequantize") else each for key, each in state.items()}
+
+
+@pytest.mark.parametrize("algorithm", ["float8_e4m3fn", "nvfp4", "mxfp8"])
+def test_a_quantised_model_is_saved_as_the_host_would_store_it_patched(algorithm, quantised, save, samples, apply):
+    import comfy.sd
+
+    model = quantised(algorithm)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7), mode="patch")
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
+    again = comfy.sd.load_diffusion_model(str(saved.path), model_options={"dtype": torch.float32})
+    before, wanted, found = floats(model), patched_weights(changed), floats(again)
+    assert type(again.model.diffusion_model.single_blocks[0].linear2.weight).__name__ == "QuantizedTensor"
+    for key, weight in found.items():
+        expected = wanted.get(key, before[key])
+        assert torch.equal(weight, expected.dequantize() if hasattr(expected, "dequantize") else expected), key
+    assert wanted and differing(found, before) == sorted(wanted)
+
+
+def test_a_quantised_model_is_saved_as_floats_where_a_dtype_is_asked_for(quantised, save, samples, apply):
+    import comfy.sd
+
+    model = quantised("float8_e4m3fn")
+    changed = apply(model, (samples(model, 0, seed=1), 0.7), mode="auto")
+    assert changed.get_attachment("lora_ops_live") is not None  # mode auto: its weights would lose much of the update
+    ((saved),) = save("diffusion model", torch.float32, model=changed)
+    assert set(saved.dtypes) == {"float32"}
+    again = comfy.sd.load_diffusion_model(str(saved.path), model_options={"dtype": torch.float32})
+    before, found = floats(model), floats(again)
+    plain = inside.model("flux")
+    tensors = samples(model, 0, seed=1)
+    change = patched_weights(apply(plain, (tensors, 0.7), mode="patch"))
+    assert found.keys() == before.keys()
+    for key, weight in found.items():
+        delta = change[key] - floats(plain)[key] if key in change else 0
+        assert torch.allclose(weight, before[key] + delta, rtol=0, atol=1e-5), key
+
+
 def test_what_runs_live_is_saved_like_a_patch(save, samples, apply, pack):
     model = inside.model("flux")
     tensors = samples(model, 0, seed=1)

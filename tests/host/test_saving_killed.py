@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from harness import inside, small
 from lora_ops.files import read_header, write
@@ -95,6 +97,7 @@ def test_a_kill_at_any_moment_leaves_the_whole_file_or_none(layout, save, tmp_pa
         if not child:
             try:
                 torch.set_num_threads(1)  # its threads stayed with the parent
+                tqdm.set_lock(threading.RLock())  # the children would share one, which a killed one may hold for ever
                 while True:
                     save(layout, f"{kill}/x")
             finally:
