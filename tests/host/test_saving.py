@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -34,10 +35,20 @@ def save(ours, output):
     saving, checkpoints = ours("nodes.host.saving"), ours("nodes.host.checkpoints")
     destinations = ours("nodes.host.destinations")
 
-    def put(layout, dtype=None, *, prefix="saved", if_exists="number", graph=None, progress=lambda *_: None, **things):
+    def put(
+        layout,
+        dtype=None,
+        *,
+        prefix="saved",
+        if_exists="number",
+        graph=None,
+        progress=lambda *_: None,
+        shard=5e9,
+        **things,
+    ):
         parts = {name: checkpoints.Part(name, thing, dtype) for name, thing in things.items() if thing is not None}
         to = destinations.destination("output", checkpoints.FOLDERS[layout], prefix, {})
-        return saving.save(layout, parts, to, if_exists, graph or {}, progress)
+        return saving.save(layout, parts, to, if_exists, graph or {}, progress, shard)
 
     return put
 
@@ -231,6 +242,102 @@ def test_a_quantised_model_is_saved_as_floats_where_a_dtype_is_asked_for(quantis
         assert torch.allclose(weight, before[key] + delta, rtol=0, atol=1e-5), key
 
 
+SHARDED = "sharded diffusers folder"
+DIFFUSERS = {  # what diffusers calls the small models
+    "sd15": ("UNet2DConditionModel", {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 768}),
+    "sdxl": (
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": [32, 64, 128],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 3],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 128,
+            "num_attention_heads": 1,
+            "joint_attention_dim": 64,
+            "in_channels": 64,
+            "guidance_embeds": True,
+        },
+    ),
+}
+
+
+def outputs(family, patcher, theirs, side=8):
+    """What the host's network and diffusers' make of the same inputs."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+    mine, generator = patcher.model.diffusion_model, torch.Generator().manual_seed(1)
+    time = torch.tensor([0.5])
+    with torch.no_grad():
+        if family == "sd15":
+            x, context = torch.randn(1, 4, side, side, generator=generator), torch.randn(1, 7, 768, generator=generator)
+            return mine(x, time, context), theirs(x, time, context).sample
+        x, context = torch.randn(1, 16, side, side, generator=generator), torch.randn(1, 7, 64, generator=generator)
+        pooled = torch.randn(1, 768, generator=generator)
+        packed = torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+        places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(side / 2)] * 2)
+        found = theirs(packed, context, pooled, time, places, torch.zeros(7, 3), torch.tensor([3.5])).sample
+        back = found.transpose(1, 2).unflatten(2, (side // 2, side // 2))
+        return mine(x, time, context, pooled, torch.tensor([3.5])), torch.nn.functional.pixel_shuffle(back, 2)
+
+
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_diffusers_loads_a_sharded_folder_with_every_weight_of_the_live_model(
+    family, ours, save, samples, apply, output, pack
+):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
+    model = inside.model(family)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((saved),) = save(SHARDED, shard=2e6, model=changed)
+    assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
+    (folder,) = saved.path.iterdir()
+    assert len(list(folder.glob("*.safetensors"))) > 1 and any("no config.json" in note for note in saved.notes)
+    kind, config = DIFFUSERS[family]
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    read, told = getattr(diffusers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values())
+    found, wanted = read.state_dict(), live(changed)
+    assert sum(each.numel() for each in found.values()) == sum(
+        each.numel() for key, each in wanted.items() if key.startswith("diffusion_model.")
+    )
+    if family != "sdxl":
+        assert torch.allclose(*outputs(family, changed, read), rtol=0, atol=1e-4)  # of float32
+    opened = ours("lora_ops.checkpoints").opened(saved.path)
+    assert opened.targets.family == family and ours("lora_ops.recipe").Recipe.of_metadata(opened.metadata, "").loras
+
+
+def test_a_folder_keeps_the_config_of_the_one_it_was_loaded_from(ours, save, tmp_path, pack):
+    model = inside.model("flux", torch.bfloat16)
+    ((first),) = save(SHARDED, model=model)
+    (file,) = (first.path / "transformer").iterdir()
+    assert file.name == "diffusion_pytorch_model.safetensors"  # what fits into one has no index
+    assert any("no config.json" in note for note in first.notes)
+    (first.path / "transformer/config.json").write_text("{}")
+    model.cached_patcher_init = (None, (str(file),))
+    ((second),) = save(SHARDED, model=model)
+    assert (second.path / "transformer/config.json").read_text() == "{}"
+    assert not any("no config.json" in note for note in second.notes)
+
+
+def test_a_model_whose_names_in_diffusers_are_not_all_known_is_no_folder(ours, save, output, pack):
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="no one name in diffusers"):
+        save(SHARDED, model=inside.model("wan"))
+    assert os.listdir(output) == []
+
+
 def test_what_runs_live_is_saved_like_a_patch(save, samples, apply, pack):
     model = inside.model("flux")
     tensors = samples(model, 0, seed=1)
@@ -398,7 +505,7 @@ def test_numbers_go_on_and_refuse_refuses(ours, save, pack):
         save("diffusion model", model=model, prefix="a/ink", if_exists="refuse")
 
 
-@pytest.mark.parametrize("layout", ["full checkpoint", "diffusion model", "CLIP", "VAE"])
+@pytest.mark.parametrize("layout", ["full checkpoint", "diffusion model", "CLIP", "VAE", SHARDED])
 def test_a_layout_without_its_part_says_what_to_connect(layout, ours, save):
     with pytest.raises(ours("lora_ops.errors").TargetError, match="Connect a"):
         save(layout)

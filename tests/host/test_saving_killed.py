@@ -27,6 +27,7 @@ CHECKPOINT = {
 WAYS = {
     "full checkpoint": ("LoraOpsSaveCheckpoint", CHECKPOINT),
     "diffusion model": ("LoraOpsSaveCheckpoint", CHECKPOINT),
+    "sharded diffusers folder": ("LoraOpsSaveCheckpoint", {**CHECKPOINT, "max_shard_size": 0.001}),
     "kohya": ("LoraOpsSaveLora", {"dtype": "keep", "trigger_words": "", "destination": "output"}),
     "peft": ("LoraOpsSaveLora", {"dtype": "fp16", "trigger_words": "", "destination": "output"}),
     "": ("LoraOpsMergeFiles", {"dtype": "keep", "min_coverage": 1.0, "destination": "output"}),
