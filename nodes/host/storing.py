@@ -13,7 +13,7 @@ from comfy.model_patcher import get_key_weight
 from torch import Tensor
 
 from ...lora_ops.errors import AdapterError, TargetError
-from ...lora_ops.landing import Piece, add_
+from ...lora_ops.landing import Piece, add_, of_rows
 from ...lora_ops.lora import Band
 from ...lora_ops.survival import Survival, measured, predicted
 
@@ -105,7 +105,7 @@ def _of_rows(weight: Tensor, pieces: Sequence[Piece]) -> Survival:
     for start in sorted(set(starts)):
         window = Band(start, min(ROWS, len(weight) - start))
         try:
-            cut = [part for each in pieces if (part := _cut(each, window)) is not None]
+            cut = of_rows(pieces, start, window.length)
         except AdapterError:  # a whole weight at once, or not at all
             window, cut = Band(0, len(weight)), pieces
         base = weight.detach().narrow(0, window.start, window.length).float()
@@ -115,13 +115,3 @@ def _of_rows(weight: Tensor, pieces: Sequence[Piece]) -> Survival:
         if window.length == len(weight):
             break
     return found
-
-
-def _cut(piece: Piece, window: Band) -> Piece | None:
-    """What a piece does to the rows of a window, None for nothing. Raises AdapterError where it cannot be cut."""
-    band = piece.band or Band(0, 1 << 62)
-    start, end = max(band.start, window.start), min(band.end, window.end)
-    if start >= end:
-        return None
-    adapter = piece.adapter.narrowed(start - band.start, end - start)
-    return Piece(adapter, Band(start - window.start, end - start), piece.strength)

@@ -11,7 +11,8 @@ from torch import nn
 from lora_ops.adapters import Adapter, Additive, DoRA, Full, LowRank, build
 from lora_ops.errors import TargetError
 from lora_ops.landing import Piece, add_, merged
-from lora_ops.live import Live, Turned
+from lora_ops.live import Live
+from lora_ops.live.terms import Turned
 from lora_ops.lora import Band
 
 
