@@ -101,7 +101,7 @@ class LoraOpsSaveCheckpoint(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(display_name="path", tooltip="The file; of several, one a line."),
+                io.String.Output(display_name="path", tooltip="The file or folder; of several, one a line."),
                 io.String.Output(
                     display_name="receipt", tooltip="What was written and how far it is from the model, as JSON."
                 ),

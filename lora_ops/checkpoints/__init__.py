@@ -1,6 +1,6 @@
 """Checkpoints: models on disk, as one value; LoRAs merged into them and taken off again, in little memory."""
 
-from .components import STEM, Component, component, shards
+from .components import STEM, WHOLE, Component, component, shards
 from .disk import Checkpoint, Stored, opened
 from .merging import DTYPES, contents, merge, metadata
 from .unmerging import Distance, bounds, distance, subtract
@@ -8,6 +8,7 @@ from .unmerging import Distance, bounds, distance, subtract
 __all__ = [
     "DTYPES",
     "STEM",
+    "WHOLE",
     "Checkpoint",
     "Component",
     "Distance",

@@ -20,6 +20,12 @@ from .disk import INDEX, SUFFIX, tile
 
 T = TypeVar("T", Tensor, Lazy, Tensor | Lazy)
 STEM = "diffusion_pytorch_model"
+# Whose denoiser is the same network in diffusers, tensor for tensor. Of others a table names the layers alone: what
+# they have besides is elsewhere, or called otherwise, there.
+WHOLE = (
+    *("sd15", "sd2", "sdxl", "flux", "flux2", "flux2_klein"),
+    *("hunyuan_video", "kandinsky22_decoder", "qwen_image", "kandinsky5"),
+)
 
 
 class Component(NamedTuple):
@@ -57,6 +63,9 @@ def component(family: Family, shapes: Shapes) -> Component:
 
     Raises TargetError for a weight whose name in diffusers the family does not know.
     """
+    remedy = "Choose the layout 'diffusion model'."
+    if family.name not in WHOLE:
+        raise TargetError(f"{family.title} has weights whose names in diffusers are not known.", remedy=remedy)
     network = family.components[0]
     found: dict[str, Target] = {}
     by_key: dict[str, list[Target]] = {key: [] for key in shapes}
@@ -70,7 +79,7 @@ def component(family: Family, shapes: Shapes) -> Component:
     for key, targets in by_key.items():
         if not targets or not tile(targets):
             what = f"has no one name in diffusers that is known for {family.title}."
-            raise TargetError(what, module=key, remedy="Choose the layout 'diffusion model'.")
+            raise TargetError(what, module=key, remedy=remedy)
     return Component(network.prefixes["diffusers"][0].rstrip("."), found)
 
 

@@ -301,7 +301,7 @@ def test_diffusers_loads_a_sharded_folder_with_every_weight_of_the_live_model(
     diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
     model = inside.model(family)
     changed = apply(model, (samples(model, 0, seed=1), 0.7))
-    ((saved),) = save(SHARDED, shard=2e6, model=changed)
+    ((saved),) = save(SHARDED, shard=2e6 if family == "flux" else 5e7, model=changed)
     assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
     (folder,) = saved.path.iterdir()
     assert len(list(folder.glob("*.safetensors"))) > 1 and any("no config.json" in note for note in saved.notes)
@@ -333,7 +333,7 @@ def test_a_folder_keeps_the_config_of_the_one_it_was_loaded_from(ours, save, tmp
 
 
 def test_a_model_whose_names_in_diffusers_are_not_all_known_is_no_folder(ours, save, output, pack):
-    with pytest.raises(ours("lora_ops.errors").TargetError, match="no one name in diffusers"):
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="names in diffusers are not known"):
         save(SHARDED, model=inside.model("wan"))
     assert os.listdir(output) == []
 
