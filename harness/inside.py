@@ -34,10 +34,9 @@ SMALLER = {
     },
     "wan": {"dim": 128, "num_heads": 1, "ffn_dim": 256, "num_layers": 1},
     "z_image": {
-        "dim": 240,
+        "dim": 256,
         "n_heads": 2,
         "n_kv_heads": 2,
-        "axes_dims": [40, 40, 40],
         "n_layers": 1,
         "cap_feat_dim": 64,
     },

@@ -97,6 +97,7 @@ class LoraOpsSaveCheckpoint(io.ComfyNode):
                     min=0.1,
                     max=1000.0,
                     step=0.1,
+                    optional=True,
                     tooltip="In GB, the largest file of a sharded folder; other layouts have one file.",
                 ),
             ],

@@ -105,6 +105,7 @@ def test_a_kill_at_any_moment_leaves_the_whole_file_or_none(layout, save, tmp_pa
                 os._exit(1)
         place = folder / str(kill)
         while not (place.exists() and any(place.iterdir())):
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), "the child ended by itself"
             time.sleep(0.001)
         time.sleep(rng.random() * 2 * once)
         os.kill(child, signal.SIGKILL)

@@ -204,7 +204,7 @@ def test_cancelling_ends_within_a_second_and_leaves_nothing(server, example):
 
     thread = threading.Thread(target=post)
     thread.start()
-    while not (folder.exists() and os.listdir(folder)):
+    while thread.is_alive() and not (folder.exists() and os.listdir(folder)):
         time.sleep(0.01)
     asked = time.monotonic()
     server.request("/interrupt", {})
