@@ -62,13 +62,22 @@ def scaled_rows(factor: Tensor, rows: Tensor) -> Tensor:
     return kept
 
 
-def energy(up: Tensor, down: Tensor) -> float:
-    """‖up · down‖² (Frobenius) from two rank × rank Gram matrices, computed in float32.
+def energy(up: Tensor, down: Tensor, core: Tensor | None = None) -> float:
+    """‖up · core · down‖² (Frobenius) in float32, with no more memory than the factors take, whatever ΔW would.
 
-    trace((upᵀ up)(down downᵀ)): rank² (out + in) operations where the product would take rank · out · in.
+    From two rank × rank Gram matrices, trace((upᵀ up) core (down downᵀ) coreᵀ), at each place of a core's kernel: rank²
+    (out + in) operations where the product would take rank · out · in. Where the rank is so large that ΔW is less, from
+    ΔW.
     """
     up, down = up.flatten(1).float(), down.flatten(1).float()
-    return float(((up.T @ up) * (down @ down.T)).sum(dtype=torch.float64))
+    if core is None and up.shape[1] ** 2 > up.shape[0] * down.shape[1]:
+        return float((up @ down).square().sum(dtype=torch.float64))
+    left, right = up.T @ up, down @ down.T
+    if core is None:
+        return float((left * right).sum(dtype=torch.float64))
+    core = core.float().reshape(*core.shape[:2], -1)
+    mixed = torch.einsum("bak,ad->bdk", (left @ core.flatten(1)).reshape(core.shape), right)
+    return float(mixed.mul_(core).sum(dtype=torch.float64))
 
 
 def swap_halves(rows: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def mode() -> io.Input:
         default="auto",
         tooltip="How the update reaches the model. patch: added to the weights when they are loaded, at no cost per "
         "step. live: added to what each module puts out, for a few percent of a step; exact on fp8 and other quantised "
-        "models, and a changed strength costs nothing; not in merged or saved models. "
+        "models, and a changed strength costs nothing; other packs' merges and saves do not see it. "
         "auto: live where the weights are quantised, else patch.",
     )
 

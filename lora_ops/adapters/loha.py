@@ -20,6 +20,7 @@ from ..errors import AdapterError, ShapeError
 from .base import Additive, Product, alpha_of, named, require_matrices, require_shape
 
 LARGEST = 1 << 28  # entries of ΔW whose energy is worth the time
+GRAM = 8  # the largest rank whose Gram matrices are taken
 CHUNK = 1 << 21  # entries of ΔW that its energy is taken from at a time
 
 
@@ -108,9 +109,17 @@ class LoHa(Additive):
         return (*halves, self.hada_t1, self.hada_t2, self.alpha)
 
     def energy(self) -> float | None:
-        """From ΔW, some rows at a time: its Gram matrices, of rank², would be larger than what they save. None where
-        that would take long: a file of kilobytes can name a ΔW of gigabytes."""
+        """From Gram matrices, of rank² each way, or where those would be larger than what they save from ΔW, some rows
+        at a time. None where that would take long: a file of kilobytes can name a ΔW of gigabytes."""
+        if self.hada_t1 is None and self.rank <= GRAM:
+            outer = _gram(self.hada_w1_a.flatten(1), self.hada_w2_a.flatten(1))
+            inner = _gram(self.hada_w1_b.flatten(1).T, self.hada_w2_b.flatten(1).T)
+            return self.scale**2 * float((outer * inner).sum(dtype=torch.float64))
         rows, columns = self.hada_w1_a.shape[1 - self._inner], self.hada_w1_b[0].numel()
+        if self.hada_t1 is not None:
+            columns *= self.hada_t1[0, 0].numel()
+            if self.rank * columns > CHUNK:  # a core is folded before the rows are cut
+                return None
         if rows * columns > LARGEST:
             return None
         some, found = max(1, CHUNK // columns), 0.0
@@ -151,6 +160,15 @@ class LoHa(Additive):
         if self._inner:
             return {"hada_w1_a": algebra.scaled_rows(self.hada_w1_a, rows)}
         return {"hada_w1_a": algebra.scaled_rows(self.hada_w1_a.T, rows).T.contiguous()}
+
+
+def _gram(first: Tensor, second: Tensor) -> Tensor:
+    """PᵀP of the rows that are the products of all entries of one matrix's row with all of the other's."""
+    total = torch.zeros((first.shape[1] * second.shape[1],) * 2, device=first.device)
+    for one, other in zip(first.split(CHUNK // len(total)), second.split(CHUNK // len(total)), strict=True):
+        both = torch.einsum("ri,rj->rij", one.float(), other.float()).flatten(1)
+        total += both.T @ both
+    return total
 
 
 def _half(a: Tensor, b: Tensor, core: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -217,8 +217,10 @@ class _Factor(NamedTuple):
         return down.to(dtype) if up is None else algebra.product(up.to(dtype), down.to(dtype))
 
     def energy(self) -> float:
-        down, up, _ = self.product
-        return _square(down) if up is None else algebra.energy(up, down)
+        if self.whole is not None:
+            return _square(self.whole)
+        a, b = self._parts
+        return algebra.energy(a if self.core is None else a.T, b, self.core)
 
     def scaled(self, name: str, rows: Tensor) -> Mapping[str, Tensor]:
         if self.whole is not None:

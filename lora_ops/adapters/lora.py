@@ -102,7 +102,7 @@ class LowRank(Additive):
         return self.up, self.down, self.alpha, self.mid
 
     def energy(self) -> float:
-        return self.scale**2 * algebra.energy(self.up, self._inner())
+        return self.scale**2 * algebra.energy(self.up, self.down, self.mid)
 
     @property
     def idle(self) -> bool:

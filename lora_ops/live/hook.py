@@ -74,7 +74,8 @@ class Hook:
 
     def _turn_of(self, piece: Piece, name: str) -> Turn:
         assert isinstance(piece.adapter, Transform)
-        turn = piece.adapter.turn(self._shape) if len(self._shape) > 1 else None
+        runs = piece.adapter.with_bias if self._of_bias else len(self._shape) > 1
+        turn = piece.adapter.turn(self._shape) if runs else None
         if turn is None:
             raise _cannot(piece, name)
         return turn
@@ -93,6 +94,7 @@ class Hook:
         if self._turns:
             self.terms = []
 
+    @torch.no_grad()
     def renew(self) -> None:
         """The matrices that depend on strengths which have changed, in their place."""
         for term in self.terms:
@@ -107,8 +109,7 @@ class Hook:
         if y.requires_grad:
             y = y.clone()
         if self._turns:
-            bare = self._bare(x) if not alone else y if self._offset is None else y - self._offset
-            return y.add_(self._change(x, bare, self.terms))
+            return y.add_(self._change(x, self._own(x, y, alone=alone), self.terms))
         for term in self.terms:
             assert isinstance(term, Term)
             self._add(x, y, term)
@@ -116,7 +117,8 @@ class Hook:
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """The factors where the module's input is, in its dtype, those of low rank joined to one pair."""
-        with torch.inference_mode(False):  # else neither gradients nor later strengths could pass
+        # else neither gradients nor later strengths could pass; and what is kept is a constant to both
+        with torch.inference_mode(False), torch.no_grad():
             gains, terms = self._gains(device, dtype), []
             for band, there in self._parts:
                 count = sum(part.gains for part in there)
@@ -139,7 +141,7 @@ class Hook:
             within = Part(Piece(turn.inside, None, 1.0), turn.inside.product())
             scale = torch.full((within.gains,), within.scale, device=device, dtype=dtype)
             inside = Term(None, within.on(device, dtype, self._shape), scale)
-        matrices = [matrix.to(dtype) for matrix in turn.matrices]
+        matrices = [matrix.to(dtype, copy=True) for matrix in turn.matrices]
         if turn.of_weight is not None:
             matrices.append(self._of_weight(part, turn, device).to(dtype))
         return Turned(band, turn, gains, tuple(matrices), inside, part, self._before(part))
@@ -156,6 +158,15 @@ class Hook:
         there = zip(part.before, self._before(part), strict=True)
         add_(weight, [replace(moved(piece, device), strength=now) for piece, now in there if now])
         return turn.of_weight(self._rows(weight, part.piece.band, 0))
+
+    def _own(self, x: Tensor, y: Tensor, *, alone: bool) -> Tensor:
+        """What the module's own weight, or bias, puts into its output y."""
+        if self._of_bias:
+            assert self._offset is not None
+            return self._offset.reshape(-1, *[1] * (y.ndim - 2 if self._axis == 1 else 0)).expand_as(y)
+        if not alone:
+            return self._bare(x)
+        return y if self._offset is None else y - self._offset
 
     def _bare(self, x: Tensor) -> Tensor:
         """The module's own output without its bias, as a linear map: no hook runs."""

@@ -61,10 +61,11 @@ class Part:
         return self.product is not None and self.product.up is not None and self.product.left is None
 
     def on(self, device: torch.device, dtype: torch.dtype, shape: tuple[int, ...]) -> Product:
-        """The factors for a weight of this shape, or ΔW, computed on the device in float32."""
+        """The factors for a weight of this shape, or ΔW, computed on the device in float32. Copies: no gradient could
+        pass what was read in inference mode."""
         if self.product is None:
             return Product(moved(self.piece, device).adapter.delta(shape).to(dtype))
-        down, up, left = (None if each is None else each.to(device, dtype) for each in self.product)
+        down, up, left = (None if each is None else each.to(device, dtype, copy=True) for each in self.product)
         assert down is not None
         return Product(down.reshape(len(down), -1, *shape[2:]), up, left)
 

@@ -223,6 +223,13 @@ def _require_as_it_was(patcher: Any, attached: Attached) -> None:
                 module=key,
                 remedy="Put that patch before it, or use mode patch for it.",
             )
+    for there in patcher.hook_patches.values():
+        for key in there.keys() & attached.seen.keys():
+            raise TargetError(
+                "is changed by a hook while a DoRA or another change that depends on it runs live on it.",
+                module=key,
+                remedy="Use mode patch for the DoRA.",
+            )
     if _merges(patcher) > attached.merges:
         raise TargetError(
             "The model was merged with another one after a LoRA was put on it live.",
@@ -266,7 +273,7 @@ def weights(patcher: Any) -> frozenset[str]:
 
 def turned(patcher: Any) -> frozenset[str]:
     """Those of them that are looked at: a patch after them would be seen, too."""
-    attached = patcher.get_attachment(KEY)
+    attached = attached_to(patcher)
     return frozenset() if attached is None else frozenset(attached.seen)
 
 
@@ -287,7 +294,7 @@ def bakeable(patcher: Any) -> Attached | None:
 
     Raises TargetError for what depends on the step: no weight can hold it.
     """
-    attached = patcher.get_attachment(KEY)
+    attached = attached_to(patcher)
     if attached is None:
         return None
     _require_as_it_was(patcher, attached)

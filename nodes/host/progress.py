@@ -28,15 +28,20 @@ class Meter:
         self._line.update(done - self._line.n)
         self._bar.update_absolute(done, total)
         now = time.monotonic()
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and now - self._shown >= EVERY:
+        if now - self._shown >= EVERY:
             self._shown = now
             left = (now - self._start) * (total - done) / max(done, 1)
-            text = f"{self._what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left"
-            server.send_progress_text(text, self._node_id)
+            self._show(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left")
+
+    def _show(self, text: str) -> None:
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            server.send_progress_text(f"{self._what}: {text}", self._node_id)
 
     def __enter__(self) -> Meter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._line.close()
+        if self._shown and kind is None:  # else the node would go on showing what was left
+            self._show(f"done in {time.monotonic() - self._start:.1f} s")

@@ -323,6 +323,20 @@ def test_a_patch_below_a_live_dora_is_seen_and_one_after_it_is_refused(sd15, bas
     sd15.detach()
 
 
+def test_a_hook_lora_on_a_live_dora_is_refused_as_the_hook_comes(sd15, base, apply, ours, samples):
+    """Patched it comes on top; live, the DoRA would stretch it."""
+    import comfy.hooks
+    import comfy.model_management
+
+    live = apply(sd15, (dora(base, "dora_scale", False), 0.5), mode="live")
+    hooks = comfy.hooks.create_hook_lora(dict(samples(sd15, 0, seed=2)), 0.5, 0)
+    comfy.model_management.load_models_gpu([live])
+    target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="by a hook .* Use mode patch"):
+        live.register_all_hook_patches(hooks, target)
+    live.detach()
+
+
 def test_a_live_dora_beside_the_bypass_of_the_host_sees_its_own_weight_alone(sd15, base, apply, samples):
     from tests.host.test_live import bypass
 

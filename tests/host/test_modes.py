@@ -52,6 +52,13 @@ def test_patch_and_live_make_the_same_picture(server, sd15, flux):
         assert abs(patch - live).max() <= 1 < abs(patch - plain).max()
 
 
+def test_a_text_encoder_alone_runs_live_as_it_patches(server, sd15):
+    prompt = stacked(sd15, "<lora:ink_kohya:0:3>")
+    patch, live = (pixels(picture(server, in_mode(prompt, mode, "LoraOpsStack"))) for mode in ("patch", "live"))
+    plain = pixels(picture(server, without_loras(sd15, "LoraOpsStack")))
+    assert abs(patch - live).max() <= 1 < abs(patch - plain).max()
+
+
 def test_the_receipt_says_which_mode_and_why(server, sd15):
     def modes(prompt):
         return [found["mode"] for found in receipts(server.post(prompt)) if "rows" in found][-1]

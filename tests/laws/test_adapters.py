@@ -68,6 +68,11 @@ def lohas():
         a1, b1, a2, b2 = (factor.double() for factor in factors.values())
         exact = ((a1 @ b1) * (a2 @ b2)).reshape(12, 8, *kernel)
         yield f"LoHa {kind}", build(factors), (12, 8, *kernel), exact
+        shapes = {"w1_a": (12, 9), "w1_b": (9, columns), "w2_a": (12, 9), "w2_b": (9, columns)}
+        factors = {f"hada_{n}": rand(*shape, seed=i) / 3 for i, (n, shape) in enumerate(shapes.items())}
+        a1, b1, a2, b2 = (factor.double() for factor in factors.values())
+        exact = ((a1 @ b1) * (a2 @ b2)).reshape(12, 8, *kernel)
+        yield f"LoHa {kind} of a rank above most", build(factors), (12, 8, *kernel), exact
         shapes = {"w1_a": (2, 12), "w1_b": (2, 8), "w2_a": (2, 12), "w2_b": (2, 8)}
         cores = {"t1": (2, 2, *kernel), "t2": (2, 2, *kernel)}
         factors = {f"hada_{n}": rand(*shape, seed=i) for i, (n, shape) in enumerate({**shapes, **cores}.items())}
@@ -361,7 +366,8 @@ def glora_refusals():
         ),
         ({"up": rand(4, 2), "down": rand(2, 4), "mid": rand(3, 2, 3, 3)}, ShapeError, "mid .* is no core"),
         ({"up": rand(4, 2), "down": rand(2, 4, 3, 3), "mid": rand(2, 2, 3, 3)}, ShapeError, "is no core"),
-        ({"up": rand(4, 2), "down": rand(2, 4), "reshape_weight": rand(2)}, AdapterError, "no algebra of this version"),
+        ({"up": rand(4, 2), "down": rand(2, 4), "reshape_weight": rand(2)}, AdapterError, "which no strength scales"),
+        ({"oft_diag": rand(4, 2, 2)}, AdapterError, "no algebra of this version"),
         *loha_refusals(),
         *lokr_refusals(),
         *glora_refusals(),

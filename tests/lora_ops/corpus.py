@@ -275,6 +275,27 @@ ALGEBRAS: Mapping[str, tuple[str, Mapping[str, tuple[int, ...]]]] = {
         "conv",
         {"lokr_w1": (2, 3), "lokr_w2_a": (2, 2), "lokr_w2_b": (2, 2), "lokr_t2": _CORE},
     ),
+    "LoKr with two cores": (
+        "conv",
+        {
+            "lokr_w1_a": (2, 2),
+            "lokr_w1_b": (2, 3),
+            "lokr_t1": (2, 2, 1, 1),
+            "lokr_w2_a": (2, 2),
+            "lokr_w2_b": (2, 2),
+            "lokr_t2": _CORE,
+        },
+    ),
+    "GLoRA with a core": (
+        "conv",
+        {
+            "a1.weight": (6, 2, 1, 1),
+            "a2.weight": (2, 6, 1, 1),
+            "b1.weight": (4, 2, 1, 1),
+            "b2.weight": (2, 6, 1, 1),
+            "bm.weight": _CORE,
+        },
+    ),
     "GLoRA": ("linear", {"a1.weight": (6, 2), "a2.weight": (2, 6), "b1.weight": (4, 2), "b2.weight": (2, 6)}),
     "Diag-OFT": ("linear", {"oft_blocks": (2, 2, 2)}),
     "BOFT": ("linear", {"oft_blocks": (2, 2, 2, 2), "rescale": (4, 1)}),
@@ -499,6 +520,15 @@ def _misfits() -> Iterator[Refused]:
                   "unet.linear", "update of (40000, 40000)")  # fmt: skip
     yield Refused("a bomb of entries", _bomb("linear", hada_w1_a=wide, hada_w1_b=wide[::-1], hada_w2_a=wide,
                   hada_w2_b=wide[::-1]), "unet.linear", "update of (30000, 30000)")  # fmt: skip
+    core = (1, 1, 100_000)
+    yield Refused("a bomb of a core", _bomb("linear", lora_up__weight=(4, 1), lora_mid__weight=core,
+                  lora_down__weight=core[1:]), "unet.linear", "update of (4, 100000, 100000)")  # fmt: skip
+    yield Refused("a bomb of two cores", _bomb("linear", hada_w1_a=(1, 4), hada_w1_b=core[1:], hada_t1=core,
+                  hada_w2_a=(1, 4), hada_w2_b=core[1:], hada_t2=core), "unet.linear", "update of (4, 100")  # fmt: skip
+    yield Refused("a bomb of a product with a core", _bomb("linear", lokr_w1=(1, 1), lokr_w2_a=(1, 4),
+                  lokr_w2_b=core[1:], lokr_t2=core), "unet.linear", "update of (4, 100000, 100000)")  # fmt: skip
+    yield Refused("a bomb of a rank", _bomb("linear", lora_up__weight=(5, 50_000), lora_down__weight=(50_000, 6)),
+                  "unet.linear", "update of (5, 6)")  # fmt: skip
     for name in ("lora_unet_double_blocks_0_img_attn_qkv", "unet.nowhere", "../../etc/passwd", "a\n\x1b[2JINFO fine"):
         yield Refused(f"a LoRA for {name!r}", saved(lora(name)), name, "no")
 

@@ -69,6 +69,19 @@ def test_a_good_lora_lands_whole_and_changes_the_model_by_finite_numbers(case, t
         assert merged(torch.ones(corpus.shape_of(key)), pieces).isfinite().all()
 
 
+@by_name((*MODULES, *corpus.NO_LORA))
+def test_a_module_that_does_not_fit_is_refused_within_50_ms(case, tmp_path):
+    path = placed(tmp_path, case.make())
+
+    def once() -> float:
+        start = time.thread_time()  # of this thread alone: nothing here waits, and other tests may be running
+        with suppress(FileError):
+            landed(read_lora(path))
+        return time.thread_time() - start
+
+    assert min(once() for _ in range(3)) < 0.05  # the first may have to make the maps of published models
+
+
 def peak_of(task: Callable[[], object]) -> int:
     """Bytes that a task takes more than the process had, whoever allocates them: the kernel counts."""
 
@@ -83,7 +96,7 @@ def peak_of(task: Callable[[], object]) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own figures are Linux's")
-@by_name((*corpus.STRUCTURAL, *corpus.MISFITS, *corpus.NO_LORA))
+@by_name(BAD)
 def test_a_bad_file_costs_no_more_memory_than_its_size_and_32_mb(case, tmp_path):
     content = case.make()
     path = placed(tmp_path, content)

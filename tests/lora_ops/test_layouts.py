@@ -563,6 +563,27 @@ OTHERS = {
     "LoKr": (TO_Q, {"lokr_w1": (2, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 2), **_ALPHA}),
     "LoKr of matrices": (CONV, {"lokr_w1": (2, 4), "lokr_w2": (4, 3, 3, 3), **_ALPHA}),
     "LoKr with a core": (CONV, {"lokr_w1": (2, 4), "lokr_w2_a": (2, 4), "lokr_w2_b": (2, 3), "lokr_t2": _CORE}),
+    "LoKr with two cores": (
+        CONV,
+        {
+            "lokr_w1_a": (2, 2),
+            "lokr_w1_b": (2, 4),
+            "lokr_t1": (2, 2, 1, 1),
+            "lokr_w2_a": (2, 4),
+            "lokr_w2_b": (2, 3),
+            "lokr_t2": _CORE,
+        },
+    ),
+    "GLoRA with a core": (
+        CONV,
+        {
+            "a1.weight": (12, 2, 1, 1),
+            "a2.weight": (2, 12, 1, 1),
+            "b1.weight": (8, 2, 1, 1),
+            "b2.weight": (2, 12, 1, 1),
+            "bm.weight": _CORE,
+        },
+    ),
     "GLoRA": (TO_Q, {"a1.weight": (8, 2), "a2.weight": (2, 8), "b1.weight": (8, 2), "b2.weight": (2, 8), **_ALPHA}),
     "Diag-OFT": (TO_Q, {"oft_blocks": (2, 4, 4), "rescale": (8, 1), **_ALPHA}),
     "Diag-OFT without alpha": (TO_Q, {"oft_blocks": (2, 4, 4)}),

@@ -13,6 +13,7 @@ from lora_ops.lora import from_file, read_lora
 
 peft = pytest.importorskip("peft", reason="peft is an oracle here; it is in the test environment")
 lycoris = pytest.importorskip("lycoris.modules", reason="lycoris is an oracle here; it is in the test environment")
+glora = pytest.importorskip("lycoris.modules.glora", reason="lycoris is an oracle here")
 
 LAYERS = {
     "linear": lambda: nn.Linear(24, 16),
@@ -112,6 +113,23 @@ def test_lokr_of_whole_matrices_of_lycoris(layer):
 @each_layer
 def test_glora_of_lycoris(layer):
     of_lycoris("GLoRAModule", layer, {"a1", "a2", "b1", "b2"}, lora_dim=4)
+
+
+@pytest.mark.parametrize("layer", TUCKER)
+def test_the_core_of_a_glora_is_what_lycoris_makes_of_it(layer):
+    """Its modules make none (they ask for a kernel that is of ones and is not); the function that merges has it."""
+    torch.manual_seed(1)
+    weight, rank = LAYERS[layer]().weight.detach(), 4
+    rows, inputs, *kernel = weight.shape
+    ones = [1] * len(kernel)
+    shapes = {"a1": (inputs, rank), "a2": (rank, inputs), "b1": (rows, rank), "b2": (rank, inputs)}
+    factors = {name: torch.randn(*shape, *ones) / 2 for name, shape in shapes.items()}
+    factors["bm"] = torch.randn(rank, rank, *kernel) / 2
+    change = glora._glora_weight(weight, *factors.values(), 0.75)
+    tensors = {f"{name}.weight": factor for name, factor in factors.items()}
+    adapter = read({**tensors, "alpha": torch.tensor(3.0)}, set(factors))
+    ours = merged(weight, [Piece(adapter, None, 1.0)]) - weight
+    assert float((ours - change).norm() / change.norm()) < 1e-5
 
 
 def of_peft(config: object, layer: str, factors: set[str], alpha: float | None) -> None:
