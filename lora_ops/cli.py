@@ -25,11 +25,12 @@ from .landing import Landing, guess, land, merged, require_coverage
 from .layouts import LAYOUTS
 from .layouts import write as write_lora
 from .lora import Lora, TargetMap, read_lora
-from .receipt import Receipt, receipt
+from .receipt import Receipt, by_weight, receipt
 from .recipe import Ingredient, Recipe
 from .report import report
 from .select import decimal, parse_selectors
 from .stack import PARTS, Entry, finite
+from .survival import Survival
 from .words import trigger_words
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -171,7 +172,7 @@ def _merge(options: argparse.Namespace) -> int:
     landing, told = _landed(map(parse_lora, options.loras), base.targets)
     require_coverage(landing, options.min_coverage)
     start = time.perf_counter()
-    checkpoints.merge(
+    survival = checkpoints.merge(
         base,
         landing,
         options.out,
@@ -181,7 +182,8 @@ def _merge(options: argparse.Namespace) -> int:
         overwrite=options.overwrite,
         progress=_progress(),
     )
-    _tell_written(options, told, time.perf_counter() - start, skipped=base.skipped)
+    seconds = time.perf_counter() - start
+    _tell_written(options, _with_survival(landing, told, survival), seconds, skipped=base.skipped)
     return 0
 
 
@@ -210,13 +212,21 @@ def _unmerge(options: argparse.Namespace) -> int:
         )
         data: dict[str, object] = {"distance": vars(found)}
     else:
-        bounds = checkpoints.bounds(merged_one, landing)
-        listed = ", ".join(f"{bound:.1e} in {name}" for name, bound in bounds.items())
+        bounds = checkpoints.bounds(merged_one, opened(options.out), landing)
+        listed = ", ".join(f"{name} {share:.1e} (at least {least:.1e})" for name, (share, least) in bounds.items())
         text = f"rounding leaves each changed value within this share of the largest it ever was: {listed or 'none'}"
-        data = {"bounds": bounds}
+        data = {"bounds": {name: bound._asdict() for name, bound in bounds.items()}}
     told = replace(told, data={**told.data, **data}, text=f"{told.text}\n{text}")
     _tell_written(options, told, seconds, skipped=merged_one.skipped)
     return 0
+
+
+def _with_survival(landing: Landing, told: Receipt, survival: Mapping[str, Survival]) -> Receipt:
+    """The receipt of a merged file: of each weight, how much of its update is in it."""
+    if not survival:
+        return told
+    told = receipt(landing, told.data["landing_seconds"], survival=survival, predicted=False)
+    return replace(told, data={**told.data, "survival_by_weight": by_weight(survival)})
 
 
 def _tell_written(options: argparse.Namespace, told: Receipt, seconds: float, skipped: Sequence[str]) -> None:

@@ -67,27 +67,32 @@ def receipt(
 def _survival(found: Mapping[str, Survival], predicted: bool) -> dict[str, Any]:
     whole = reduce(Survival.and_of, found.values())
     worst = sorted(found, key=lambda key: found[key].cosine)[:FIRST]
+    each = by_weight({key: found[key] for key in worst})
     return {
         "predicted": predicted,
         "layers": len(found),
         "cosine": round(whole.cosine, 4),
         "norm": round(whole.norm, 4),
         "little": whole.little,
-        "worst": [
-            {"weight": key, "cosine": round(found[key].cosine, 4), "norm": round(found[key].norm, 4)} for key in worst
-        ],
+        "worst": [{"weight": key, **told} for key, told in each.items()],
     }
+
+
+def by_weight(found: Mapping[str, Survival]) -> dict[str, dict[str, float]]:
+    """How much of the update survives in each weight: cosine and norm."""
+    return {key: {"cosine": round(each.cosine, 4), "norm": round(each.norm, 4)} for key, each in found.items()}
 
 
 def _survives(found: Mapping[str, Any] | None) -> Iterable[str]:
     if found is None:
         return
-    figures, worst = f"cosine {found['cosine']:.3f}, norm × {found['norm']:.2f}", found["worst"][0]
+    figures = f"cosine {found['cosine']:.3f}, norm × {found['norm']:.2f}"
     source = f"predicted from {found['layers']} layers" if found["predicted"] else f"measured, {found['layers']} layers"
     yield f"{MARKS[not found['little']]} what survives of the update as the weights are stored: {figures} ({source})"
-    yield f"   worst: {shown(worst['weight'])}, cosine {worst['cosine']:.3f}"
+    for worst in found["worst"]:
+        yield f"   worst: {shown(worst['weight'])}, cosine {worst['cosine']:.3f}, norm × {worst['norm']:.2f}"
     if found["little"]:
-        yield "   Little does: the rounding is as large as the update. Use mode live, or a model in bf16."
+        yield "   Little does: the rounding is as large as the update. Use mode live, or save in bf16."
 
 
 def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..lora_ops.families import FAMILIES, Family, recognise
 from ..lora_ops.landing import guess, land, require_coverage
 from ..lora_ops.layouts import LAYOUTS, write, write_numbered
 from ..lora_ops.lora import Lora
-from ..lora_ops.receipt import receipt
+from ..lora_ops.receipt import by_weight, receipt
 from ..lora_ops.stack import finite, parse
 from ..lora_ops.words import PHRASE, joined
 from .host import caches, destinations, names, patching, saving
@@ -298,7 +298,7 @@ class LoraOpsMergeFiles(io.ComfyNode):
         ]
         landing = land(hashed, checkpoint.targets)
         require_coverage(landing, finite(min_coverage, "min_coverage"))
-        tensors, metadata = checkpoints.contents(
+        tensors, metadata, survival = checkpoints.contents(
             checkpoint, landing, dtype=checkpoints.DTYPES.get(dtype), device=saving.device()
         )
         metadata = {key: value for key, value in metadata.items() if key not in saving.GRAPH}
@@ -306,10 +306,11 @@ class LoraOpsMergeFiles(io.ComfyNode):
         with Meter(cls.hidden.unique_id, to.name) as meter:
             path = saving.put(to, saving.SUFFIX, if_exists, tensors, metadata, meter)
         to.refresh()
-        made = receipt(landing, time.perf_counter() - start)
+        made = receipt(landing, time.perf_counter() - start, survival=survival, predicted=False)
         data = {**made.data, "path": str(path), "bytes": path.stat().st_size}
         text = f"✓ {shown(path.name)}: {data['bytes'] / 1e9:.2f} GB\n{made.text}"
-        return io.NodeOutput(str(path), json.dumps(data, ensure_ascii=False), ui=told(data, text))
+        whole = {**data, "survival_by_weight": by_weight(survival)}
+        return io.NodeOutput(str(path), json.dumps(whole, ensure_ascii=False), ui=told(data, text))
 
 
 def _family(lora: Lora) -> Family:

@@ -3,12 +3,13 @@
 from .components import STEM, WHOLE, Component, component, shards
 from .disk import Checkpoint, Stored, opened
 from .merging import DTYPES, contents, merge, metadata
-from .unmerging import Distance, bounds, distance, subtract
+from .unmerging import Bound, Distance, bounds, distance, subtract
 
 __all__ = [
     "DTYPES",
     "STEM",
     "WHOLE",
+    "Bound",
     "Checkpoint",
     "Component",
     "Distance",

@@ -14,6 +14,7 @@ from ..errors import FileError, TargetError, shown
 from ..families import FAMILIES, Family, Shapes, recognise, under
 from ..files import Entry, Header, read_header, read_text
 from ..lora import Target, TargetMap
+from . import quantised
 
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 INDEX_LIMIT = 64 << 20  # bytes
@@ -57,11 +58,17 @@ class Checkpoint:
         """That of all files of weights; where they differ, the first's."""
         return {key: value for header in reversed(list(self.files.values())) for key, value in header.metadata.items()}
 
+    def beside(self, file: str) -> Mapping[str, Header]:
+        """Where the tensors are that belong together with those of a file: those of all shards of its folder."""
+        shards = [header for name, header in self.files.items() if _folder(name) == _folder(file)]
+        return {name: header for header in shards for name in header.entries}
+
 
 def opened(path: str | Path) -> Checkpoint:
     """The checkpoint at a path: a file, a folder, or the index of a folder. No tensor is read.
 
-    Raises FileError for what is no checkpoint or not whole, TargetError for a model that no family knows.
+    Raises FileError for what is no checkpoint or not whole, TargetError for a model that no family knows and for one
+    whose weights are packed.
     """
     path = Path(path)
     if path.name.endswith(INDEX):
@@ -118,6 +125,12 @@ def _require_whole(index: Path, folder: str, weights: Mapping[str, Header]) -> N
 def _checkpoint(
     path: Path, weights: Mapping[str, Header], copied: Mapping[str, Path], skipped: tuple[str, ...]
 ) -> Checkpoint:
+    for header in weights.values():
+        if found := quantised.packed(header):
+            module, how = found
+            what = f"holds weights packed as {how}, which nothing can be merged into."
+            remedy = "Use the checkpoint in bf16, fp16 or fp8, or mode live."
+            raise TargetError(what, file=header.path, module=module, remedy=remedy)
     pipeline = "model_index.json" in copied
     found = None if pipeline else _with_native_names(weights)
     for pipe in ("",) if pipeline else _PIPES:

@@ -6,12 +6,12 @@ Each weight is read, changed in float32 and rounded once; everything else is cop
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ from torch import Tensor
 from .. import recipe
 from ..algebra import swap_halves
 from ..errors import AdapterError, FileError, LoraOpsError, StackError, shown
-from ..files import Entry, Header, Lazy, Progress, read_rows, read_text, write, write_folder
+from ..files import Entry, Lazy, Progress, read_rows, read_text, write, write_folder
 from ..landing import Landing, Piece, merged, of_rows
 from ..layouts.metadata import BASES
 from ..recipe import Recipe
+from ..survival import Survival, measured
+from . import quantised
 from .disk import INDEX, INDEX_LIMIT, Checkpoint, Stored
+from .quantised import Scale, Where
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -32,15 +35,20 @@ DTYPES: Mapping[str, torch.dtype] = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-FLOATS = (torch.float64, *DTYPES.values())
 ROWS = 8 << 20  # bytes of float32 that are computed at a time: small enough for memory to be used again, not got anew
 COPIED = 4 << 20  # bytes that are copied at a time
-# Beside a weight that is stored as multiples of something; of which one number for all of fp8 is understood.
-_SCALE = ("weight_scale", "scale_weight")
-_SCALES = (*_SCALE, "weight_scale_2", "comfy_quant", "weight.absmax", "weight_scale_inv")
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 Content = dict[str, tuple[dict[str, Lazy], dict[str, str]]]  # file -> tensors and metadata
+
+
+class Contents(NamedTuple):
+    """What is written for a single file. survival fills as the tensors are made: how much of the update there is in
+    each weight that is stored as fp8."""
+
+    tensors: Mapping[str, Lazy]
+    metadata: Mapping[str, str]
+    survival: Mapping[str, Survival]
 
 
 def merge(
@@ -54,25 +62,28 @@ def merge(
     single: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> Mapping[str, Survival]:
     """Write a checkpoint with a landing in it: a file as a file, a folder as a folder, or as a single file.
 
     loras is the whole recipe afterwards (None: the checkpoint's own, and then the landing's). dtype rounds all weights
     of the model and its text encoders to one dtype (fp8: the matrices), None each to its own. Memory is bounded.
+    Returns how much of the update there is in each changed weight that is stored as fp8.
     Raises FileError like files.write, AdapterError for a weight that cannot be changed as it is stored, StackError for
     a strength that changes while sampling: a file has one.
     """
     if not checkpoint.folder:
-        tensors, told = contents(checkpoint, landing, dtype=dtype, device=device, loras=loras)
+        tensors, told, survival = contents(checkpoint, landing, dtype=dtype, device=device, loras=loras)
         write(out, tensors, told, overwrite=overwrite, progress=progress)
-        return
-    content = _content(checkpoint, landing, dtype, torch.device(device), loras)
+        return survival
+    survival = {}
+    content = _content(checkpoint, landing, dtype, torch.device(device), loras, survival)
     if single:
         write(out, *_joined(checkpoint, content), overwrite=overwrite, progress=progress)
     else:
         texts = _indices(checkpoint, content) if dtype else {}
         copies = {name: path for name, path in checkpoint.copied.items() if name not in texts}
         write_folder(out, content, texts, copies, overwrite=overwrite, progress=progress)
+    return survival
 
 
 def contents(
@@ -82,16 +93,22 @@ def contents(
     dtype: torch.dtype | None = None,
     device: str = "cpu",
     loras: Recipe | None = None,
-) -> tuple[Mapping[str, Lazy], Mapping[str, str]]:
-    """What merge writes for a single file: tensors and metadata. Raises FileError for a folder."""
+) -> Contents:
+    """What merge writes for a single file. Raises FileError for a folder."""
     if checkpoint.folder:
         raise FileError("is a folder, not a file.", file=checkpoint.path, remedy="Use `python -m lora_ops merge`.")
-    [content] = _content(checkpoint, landing, dtype, torch.device(device), loras).values()
-    return content
+    survival: dict[str, Survival] = {}
+    [content] = _content(checkpoint, landing, dtype, torch.device(device), loras, survival).values()
+    return Contents(*content, survival)
 
 
 def _content(
-    checkpoint: Checkpoint, landing: Landing, dtype: torch.dtype | None, device: torch.device, loras: Recipe | None
+    checkpoint: Checkpoint,
+    landing: Landing,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    loras: Recipe | None,
+    survival: dict[str, Survival],
 ) -> Content:
     for row in landing.rows:
         if not row.entry.schedule.constant:
@@ -109,16 +126,42 @@ def _content(
     loras = held.joined(recipe.of(landing)) if loras is None else loras
     changed = dtype is not None or bool(pieces)
     content: Content = {}
-    for name, header in checkpoint.files.items():
+    beside: dict[tuple[str, str], Lazy | None] = {}  # (folder, name) -> what becomes of a scale; None: it is left out
+    for file, header in checkpoint.files.items():
+        tell = survival.__setitem__ if not checkpoint.folder else partial(_tell_of, survival, file)
+        where, tensors = checkpoint.beside(file), {}
         try:
-            made = [_tensors(header, each, pieces, dtype, device) for each in checkpoint.stored[name]]
-            tensors = {key: tensor for each in sorted(made, key=len) for key, tensor in each.items()}  # new scales last
+            for stored in checkpoint.stored[file]:
+                tensors[stored.name], more = _tensor(where, stored, pieces, dtype, device, tell)
+                beside |= {(_folder(file), name): tensor for name, tensor in more.items()}
         except LoraOpsError as error:
             error.file = header.path
             raise
         told = metadata(header.metadata, landing.family, loras) if changed else dict(header.metadata)
-        content[name] = tensors, told
-    return content
+        content[file] = tensors, told
+    return _without_scales(content, beside) if beside else content
+
+
+def _without_scales(content: Content, beside: Mapping[tuple[str, str], Lazy | None]) -> Content:
+    """The content with what becomes of scales; where none is left in a folder, nothing in it speaks of them."""
+    found: Content = {}
+    for file, (tensors, told) in content.items():
+        all_of = {name: beside.get((_folder(file), name), tensor) for name, tensor in tensors.items()}
+        found[file] = {name: tensor for name, tensor in all_of.items() if tensor}, told
+    left = {_folder(file) for file, (tensors, _) in found.items() if any(map(quantised.scaled, tensors))}
+    for file, (tensors, told) in found.items():
+        if _folder(file) not in left:
+            kept = {name: tensor for name, tensor in tensors.items() if not quantised.marks(name)}
+            found[file] = kept, {key: text for key, text in told.items() if key != quantised.FORMATS}
+    return found
+
+
+def _folder(file: str) -> str:
+    return file.rpartition("/")[0]
+
+
+def _tell_of(survival: dict[str, Survival], file: str, name: str, found: Survival) -> None:
+    survival[f"{file}: {name}"] = found
 
 
 def metadata(source: Mapping[str, str], family: str, loras: Recipe) -> dict[str, str]:
@@ -136,94 +179,102 @@ def metadata(source: Mapping[str, str], family: str, loras: Recipe) -> dict[str,
     return told
 
 
-def _tensors(
-    header: Header,
+def _tensor(
+    where: Where,
     stored: Stored,
     pieces: Mapping[tuple[str, str], tuple[Piece, ...]],
     dtype: torch.dtype | None,
     device: torch.device,
-) -> dict[str, Lazy]:
-    """A tensor as it will be written; with a weight that has a scale, the scale."""
+    tell: Tell,
+) -> tuple[Lazy, dict[str, Lazy | None]]:
+    """A tensor as it will be written, and what becomes of what is beside it: None, it is left out."""
     name, entry, part, target = stored
-    rounded = _rounded(entry, part, dtype)
+    rounded = entry.dtype if quantised.beside(name) else _rounded(entry, part, dtype)
     there = pieces.get((target.part, target.key), ()) if target else ()
     if target and target.band:
         there = of_rows(there, target.band.start, target.band.length)
+    if dtype and target and entry.dtype not in quantised.FLOATS:
+        quantised.scale_of(where, name)  # says that it cannot be rounded to dtype
     if not there and rounded == entry.dtype:
-        return {name: Lazy(entry.dtype, entry.shape, partial(read_rows, header, name, COPIED), kept=True)}
-    scale = _scale(header, name, dtype)
+        return Lazy(entry.dtype, entry.shape, partial(read_rows, where[name], name, COPIED), kept=True), {}
+    scale = quantised.scale_of(where, name)
     swap = bool(target and target.swap)
-    change = _Change(header, name, there, device, swap, not swap and _splits(there, entry), scale)
-    made = {name: Lazy(rounded, entry.shape, partial(change.blocks, rounded))}
-    if scale:
-        made[scale] = Lazy(torch.float32, header.entries[scale].shape, lambda: [change.scale_of(rounded)])
-    return made
+    change = _Change(where, name, there, device, rounded, swap, not swap and _splits(there, entry), scale, tell)
+    tensor = Lazy(rounded, entry.shape, change.blocks)
+    if not scale:
+        return tensor, {}
+    if rounded != entry.dtype:
+        return tensor, dict.fromkeys((scale.name, *scale.others))
+    shape = where[scale.name].entries[scale.name].shape
+    return tensor, {scale.name: Lazy(torch.float32, shape, lambda: [change.new_scale])}
+
+
+Tell = Callable[[str, Survival], None]  # of a weight
 
 
 @dataclass(frozen=True, eq=False)
 class _Change:
     """A weight as stored, and what happens to it."""
 
-    header: Header
+    where: Where
     name: str
     pieces: Sequence[Piece]
     device: torch.device
+    dtype: torch.dtype  # afterwards
     swap: bool  # stored with its halves exchanged
     splits: bool  # whether its rows can be changed by themselves
-    scale: str | None  # the tensor whose one number it is stored in multiples of
+    scale: Scale | None
+    tell: Tell
 
-    def blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Its rows, changed, in dtype: in multiples of the new scale if there is a scale, as the host's rule is."""
-        if not self.scale:
-            yield from self._changed(dtype)
-            return
-        scale = self.scale_of(dtype).to(self.device)
-        for rows in self._changed(torch.float32):
-            yield (rows / scale).to(dtype)
+    def blocks(self) -> Iterator[Tensor]:
+        """Its rows, changed and rounded: to multiples of the new scale where it had one and stays what it was."""
+        scaled = self.scale and self.dtype == self.where[self.name].entries[self.name].dtype
+        scale = self.new_scale.to(self.device) if scaled else None
+        counts, found = self.pieces and self.dtype.itemsize == 1, Survival()
+        for base, wanted in self._changed():
+            stored = (wanted if scale is None else wanted / scale).to(self.dtype)
+            if counts:
+                back = stored.to(wanted.dtype)
+                back = back if scale is None else back * scale
+                found = found.and_of(measured(base.to(wanted.dtype), wanted, back))
+            yield stored
+        if counts:
+            self.tell(self.name, found)
 
-    def scale_of(self, dtype: torch.dtype) -> Tensor:
-        """The scale that lets the largest value be the dtype's largest."""
+    @cached_property
+    def new_scale(self) -> Tensor:
+        """The scale that lets the largest value be the largest that is read back, as the host's rule is."""
         assert self.scale
-        largest = max((float(rows.abs().amax()) for rows in self._changed(torch.float32)), default=0.0)
-        [old] = read_rows(self.header, self.scale, COPIED)
-        return torch.full_like(old, largest / torch.finfo(dtype).max) if largest else old
+        largest = max((float(wanted.abs().amax()) for _, wanted in self._changed() if wanted.numel()), default=0.0)
+        return torch.full_like(self._old_scale, largest / self.scale.largest) if largest else self._old_scale
 
-    def _changed(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        entry, start = self.header.entries[self.name], 0
-        old = next(iter(read_rows(self.header, self.scale, COPIED))).to(self.device) if self.scale else None
+    @cached_property
+    def _old_scale(self) -> Tensor:
+        assert self.scale
+        return quantised.read(self.where, self.scale.name)
+
+    def _changed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Blocks of its rows as they were and as they are to be, the latter in float32 at least."""
+        header, start = self.where[self.name], 0
+        entry = header.entries[self.name]
+        wide = torch.promote_types(entry.dtype if entry.dtype.itemsize > 1 else torch.float32, torch.float32)
+        old = self._old_scale.to(self.device) if self.scale else None
         limit = ROWS * entry.dtype.itemsize // 4 if self.splits else 1 << 62
-        for rows in read_rows(self.header, self.name, limit):
+        for rows in read_rows(header, self.name, limit):
             length = len(rows) if rows.ndim else 1
             here = self.pieces if not rows.ndim or length == entry.shape[0] else of_rows(self.pieces, start, length)
-            weight = rows.to(self.device) if old is None else rows.to(self.device, torch.float32) * old
+            base = rows.to(self.device) if old is None else rows.to(self.device, torch.float32) * old
             start += length
             if self.swap:
-                yield swap_halves(merged(swap_halves(weight), here, dtype))
+                yield base, swap_halves(merged(swap_halves(base), here, wide))
             else:
-                yield merged(weight, here, dtype)
+                yield base, merged(base, here, wide)
 
 
 def _rounded(entry: Entry, part: str, dtype: torch.dtype | None) -> torch.dtype:
     """What a tensor is stored as: dtype for a model's floats, of fp8 only for matrices; the VAE keeps its own."""
     small = dtype is not None and dtype.itemsize == 1 and len(entry.shape) < 2
-    return entry.dtype if dtype is None or not part or entry.dtype not in FLOATS or small else dtype
-
-
-def _scale(header: Header, name: str, dtype: torch.dtype | None) -> str | None:
-    """The scale that a weight has beside it, if any. Raises AdapterError for a weight that is stored in another way."""
-    entry, module = header.entries[name], name.removesuffix("weight")
-    beside = [each for each in _SCALES if module + each in header.entries and name.endswith("weight")]
-    scales = [module + each for each in beside if each in _SCALE]
-    fp8 = entry.dtype in FLOATS and entry.dtype.itemsize == 1
-    if entry.dtype in FLOATS and not beside:
-        return None
-    if fp8 and dtype is None and len(scales) == 1 and set(beside) <= {*_SCALE, "comfy_quant"}:
-        there = header.entries[scales[0]]
-        if there.dtype == torch.float32 and math.prod(there.shape) == 1:
-            return scales[0]
-    how = " with ".join([str(entry.dtype), *beside])
-    remedy = "Use the checkpoint in bf16 or fp16, or mode live."
-    raise AdapterError(f"is stored as {how}, which cannot be changed so.", module=name, remedy=remedy)
+    return entry.dtype if dtype is None or not part or entry.dtype not in quantised.FLOATS or small else dtype
 
 
 def _splits(pieces: Sequence[Piece], entry: Entry) -> bool:
@@ -252,7 +303,7 @@ def _joined(checkpoint: Checkpoint, content: Content) -> tuple[dict[str, Lazy], 
 
 
 def _indices(checkpoint: Checkpoint, content: Content) -> dict[str, str]:
-    """The indices of shards, with the size that they have now."""
+    """The indices of shards, with the size and the tensors that they have now."""
     texts = {}
     for name, path in checkpoint.copied.items():
         if name.endswith(INDEX):
@@ -260,5 +311,8 @@ def _indices(checkpoint: Checkpoint, content: Content) -> dict[str, str]:
             folder = name.rpartition("/")[0]
             shards = [tensors for file, (tensors, _) in content.items() if file.rpartition("/")[0] == folder]
             size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-            texts[name] = json.dumps({**index, "metadata": {**index.get("metadata", {}), "total_size": size}}, indent=2)
+            there = {name for shard in shards for name in shard}
+            found = {name: file for name, file in index["weight_map"].items() if name in there}
+            told = {**index, "metadata": {**index.get("metadata", {}), "total_size": size}, "weight_map": found}
+            texts[name] = json.dumps(told, indent=2)
     return texts

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..adapters import Additive
 from ..errors import AdapterError, FileError, shown
-from ..files import Header, read_rows
+from ..files import read_rows
 from ..landing import Landing, land
 from ..lora import TargetMap
 from ..recipe import Ingredient, Recipe
 from ..stack import Entry
+from . import quantised
 from .disk import Checkpoint
+from .quantised import Where, number_of
 
 BLOCK = 16 << 20  # bytes of a tensor compared at a time
 
@@ -68,17 +71,28 @@ def _wanted(held: Recipe, names: Sequence[str], file: str) -> set[int]:
     return wanted
 
 
-def bounds(checkpoint: Checkpoint, landing: Landing) -> dict[str, float]:
-    """dtype -> how far a value of the changed weights may be from the one before merging, relative to the largest it
-    was on the way: it was rounded twice, by half a unit in the last place each."""
+class Bound(NamedTuple):
+    """How far rounding may leave a value from the one before merging: by this share of the largest that it was on the
+    way, or by least, whichever is more."""
+
+    share: float
+    least: float
+
+
+def bounds(merged: Checkpoint, unmerged: Checkpoint, landing: Landing) -> dict[str, Bound]:
+    """dtype -> the bound of the changed weights that are stored so. Each was rounded twice, by half a unit in the last
+    place, which gets no smaller below the dtype's normal numbers; a scale stretches that."""
     changed = {key for _, key in landing.pieces}
-    dtypes = {
-        stored.entry.dtype
-        for all_of in checkpoint.stored.values()
-        for stored in all_of
-        if stored.target and stored.target.key in changed
-    }
-    return {str(dtype).removeprefix("torch."): torch.finfo(dtype).eps for dtype in dtypes}
+    found: dict[str, Bound] = {}
+    for checkpoint in (merged, unmerged):
+        for file, all_of in checkpoint.stored.items():
+            where = checkpoint.beside(file)
+            for name, entry, _, target in all_of:
+                if target and target.key in changed:
+                    info, kind = torch.finfo(entry.dtype), str(entry.dtype).removeprefix("torch.")
+                    least = info.smallest_normal * info.eps * number_of(where, name)
+                    found[kind] = Bound(info.eps, max(least, found[kind].least if kind in found else 0.0))
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,22 +113,24 @@ def distance(one: Checkpoint, other: Checkpoint) -> Distance:
     Raises FileError where the names or shapes differ.
     """
     theirs = {
-        (_folder(file), stored.name): (other.files[file], stored.entry)
+        (_folder(file), stored.name): (where, stored.entry)
         for file, all_of in other.stored.items()
+        for where in [other.beside(file)]
         for stored in all_of
     }
     wrong = whole = worst = 0.0
     worst_name, different, weights = "", 0, 0
     for file, all_of in one.stored.items():
+        where = one.beside(file)
         for name, entry, part, _ in all_of:
-            if not part or not entry.dtype.is_floating_point:
+            if not part or not entry.dtype.is_floating_point or quantised.beside(name):
                 continue
-            header, their = theirs.get((_folder(file), name), (None, None))
-            if header is None or their is None or their.shape != entry.shape:
+            place, their = theirs.get((_folder(file), name), ({}, None))
+            if their is None or their.shape != entry.shape:
                 what = f"has no weight '{shown(name)}' of the shape {entry.shape}."
                 raise FileError(what, file=other.path, remedy="Name the checkpoint that was merged into.")
             there = size = 0.0
-            for mine, base in zip(_doubles(one.files[file], name), _doubles(header, name), strict=True):
+            for mine, base in zip(_doubles(where, name), _doubles(place, name), strict=True):
                 there += float((mine - base).square().sum())
                 size += float(base.square().sum())
             wrong, whole, weights, different = wrong + there, whole + size, weights + 1, different + (there > 0)
@@ -128,7 +144,8 @@ def _folder(file: str) -> str:
     return file.rpartition("/")[0]
 
 
-def _doubles(header: Header, name: str) -> Iterator[Tensor]:
+def _doubles(where: Where, name: str) -> Iterator[Tensor]:
     """Blocks of as many rows, whatever they are stored as."""
+    number, header = number_of(where, name), where[name]
     for rows in read_rows(header, name, BLOCK // 8 * header.entries[name].dtype.itemsize):
-        yield rows.to(torch.float64)
+        yield rows.to(torch.float64) * number

@@ -194,24 +194,29 @@ def _clean(text: object) -> bool:
 def _entry(name: str, value: object, refuse: Callable[..., NoReturn]) -> Entry:
     if len(name) > NAME_LIMIT or not _clean(name):
         refuse(f"has a tensor name that is no text of at most {NAME_LIMIT} characters: '{shown(ascii(name))}'")
-    fault = f"tensor '{shown(name)}'"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        refuse(f"{fault} lacks its dtype, shape or offsets, or has more than these")
+        refuse(f"{_fault(name)} lacks its dtype, shape or offsets, or has more than these")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str):
-        refuse(f"{fault} has a dtype that is no text")
+        refuse(f"{_fault(name)} has a dtype that is no text")
     if dtype not in DTYPES:
-        refuse(f"{fault} has the dtype '{shown(dtype)}', which no LoRA uses", "Convert the file to a float type.")
+        refuse(
+            f"{_fault(name)} has the dtype '{shown(dtype)}', which no LoRA uses", "Convert the file to a float type."
+        )
     if not _counts(shape) or not _counts(offsets) or len(offsets) != 2:
-        refuse(f"{fault} has a shape or offsets that are not whole numbers")
+        refuse(f"{_fault(name)} has a shape or offsets that are not whole numbers")
     size = DTYPES[dtype].itemsize
     # Zeros count as ones here: the library multiplies from the left, and torch needs a stride for every length.
     if len(shape) > DIMENSION_LIMIT or math.prod(max(length, 1) for length in shape) * size >= 1 << 63:
-        refuse(f"{fault} has a shape that no memory can hold")
+        refuse(f"{_fault(name)} has a shape that no memory can hold")
     needed = math.prod(shape) * size
     if offsets[1] - offsets[0] != needed:
-        refuse(f"{fault} has {offsets[1] - offsets[0]:,} bytes, its shape needs {needed:,}")
+        refuse(f"{_fault(name)} has {offsets[1] - offsets[0]:,} bytes, its shape needs {needed:,}")
     return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
+
+
+def _fault(name: str) -> str:
+    return f"tensor '{shown(name)}'"
 
 
 def _counts(value: object) -> bool:

@@ -113,6 +113,24 @@ def test_a_merged_file_holds_what_a_saved_model_holds(server, example):
     assert recipes[0] == recipes[1] and recipes[0].loras[0].sha256
 
 
+def test_merging_into_fp8_tells_how_much_of_each_weight_survives(server):
+    inputs = {
+        "base": BASE.as_posix(),
+        "stack": "<lora:ink_kohya:0.1>",
+        "dtype": "fp8_e5m2",
+        "filename_prefix": "fp8/merged",
+        "destination": "output",
+        "if_exists": "number",
+        "min_coverage": 1.0,
+    }
+    prompt = {"merge": {"class_type": "LoraOpsMergeFiles", "inputs": inputs}}
+    prompt["receipt"] = {"class_type": "PreviewAny", "inputs": {"source": ["merge", 1]}}
+    outputs = server.post(prompt)["outputs"]
+    receipt = json.loads(outputs["receipt"]["text"][0])
+    assert receipt["survival"]["little"] and len(receipt["survival_by_weight"]) == receipt["weights"]
+    assert "save in bf16" in outputs["merge"]["text"][0]
+
+
 def test_a_base_is_found_by_its_name_and_a_missing_one_is_refused(server):
     def refusal(**inputs):
         asked = {

@@ -19,7 +19,8 @@ from lora_ops.checkpoints import merging
 from lora_ops.cli import main, parse_lora
 from lora_ops.dialects import published_map, target_map
 from lora_ops.errors import AdapterError, FileError, LoraOpsError, StackError, TargetError
-from lora_ops.families import FAMILIES, flux, recognise
+from lora_ops.families import FAMILIES, flux, recognise, unet
+from lora_ops.families.text import clip_shapes
 from lora_ops.files import read_header, write
 from lora_ops.landing import Piece, land, merged, of_rows
 from lora_ops.lora import Band, Lora
@@ -47,6 +48,20 @@ def both(lora: Lora, strength: float = 1.0, sha256: str = "") -> Entry:
     return Entry(lora, {"model": strength, "clip": strength}, sha256=sha256)
 
 
+def small_checkpoint() -> dict[str, torch.Tensor]:
+    """SD1.5's make with two levels and one layer of text: all kinds of its weights, few of each."""
+    denoiser = unet.shapes(
+        channels=32, multipliers=(1, 2), depths=(1, 0), middle_depth=1, context=768, linear_projection=False
+    )
+    text = {key: shape for key, shape in clip_shapes(layers=1, width=768).items() if "embedding" not in key}
+    shapes = {f"model.diffusion_model.{key}": shape for key, shape in denoiser.items()}
+    shapes |= {f"cond_stage_model.transformer.{key}": shape for key, shape in text.items()}
+    return {
+        key: (rand(*shape, seed=number) / math.sqrt(math.prod(shape[1:]) or 1)).half()
+        for number, (key, shape) in enumerate(shapes.items())
+    }
+
+
 def same(one: Tensors, other: Tensors) -> bool:
     return one.keys() == other.keys() and all(
         one[name].dtype == other[name].dtype and bits(one[name]).equal(bits(other[name])) for name in one
@@ -61,7 +76,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def folder(tmp_path_factory) -> Path:
     """A small SD1.5 checkpoint, `base`, and samples of LoRAs for it."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    tensors = samples.small_checkpoint()
+    tensors = small_checkpoint()
     tensors["first_stage_model.decoder.conv.weight"] = torch.full((3, 3), math.inf)
     tensors["step"] = torch.tensor(7)
     safetensors.torch.save_file(tensors, folder / "base.safetensors", {"format": "pt", "modelspec.hash_sha256": "0x1"})
@@ -116,7 +131,7 @@ def test_a_merge_at_strength_0_is_the_same_file_byte_for_byte(folder, tmp_path):
     assert run("merge", folder / "base.safetensors", f"{folder / INK}:0", "-o", tmp_path / "out") == 0
     base = folder / "base.safetensors"
     assert same(safetensors.torch.load_file(tmp_path / "out"), safetensors.torch.load_file(base))
-    write(tmp_path / "ours", samples.small_checkpoint(), {"format": "pt"}, overwrite=True)
+    write(tmp_path / "ours", small_checkpoint(), {"format": "pt"}, overwrite=True)
     assert run("merge", tmp_path / "ours", f"{folder / INK}:0", "-o", tmp_path / "again") == 0
     assert (tmp_path / "again").read_bytes() == (tmp_path / "ours").read_bytes()
 
@@ -178,7 +193,7 @@ def test_a_result_that_the_dtype_cannot_hold_is_refused_by_name(dtype, tmp_path)
     [
         {"a.weight_scale": torch.ones(4)},
         {"a.comfy_quant": torch.ones(3).to(torch.uint8)},
-        {"a.weight_scale_2": ONE},
+        {"a.weight_scale_inv": ONE},
         {},
     ],
 )
@@ -198,7 +213,8 @@ def test_weights_that_are_stored_as_something_else_are_refused_by_name(beside, t
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_fp8_with_a_scale_is_changed_at_its_true_size_and_scaled_anew(dtype, name, shape, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "ROWS", 4 * 8 * 3)
-    key, limit = "model.diffusion_model.a", torch.finfo(dtype).max
+    key = "model.diffusion_model.a"
+    limit = torch.finfo(dtype if name == "weight_scale" else torch.float8_e4m3fn).max  # as what the host reads it
     weight, scale = rand(12, 8).to(dtype), torch.full(shape, 0.02)
     other = {f"{key[:-1]}b.weight": weight, f"{key[:-1]}b.{name}": scale}
     write(tmp_path / "base", {f"{key}.weight": weight, f"{key}.{name}": scale, **other}, overwrite=True)
@@ -213,8 +229,133 @@ def test_fp8_with_a_scale_is_changed_at_its_true_size_and_scaled_anew(dtype, nam
     assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + least).all()
     assert stored[f"{key}.weight"].dtype == dtype and stored[f"{key}.{name}"].shape == shape
     assert same({name: stored[name] for name in other}, other)
-    with pytest.raises(AdapterError):
-        checkpoints.merge(base, land([], base.targets), tmp_path / "other", dtype=torch.bfloat16)
+
+
+def text_tensor(text: str) -> torch.Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def quantised_file(path: Path, scales: Mapping[str, float], suffix: str = "scale_weight") -> dict[str, torch.Tensor]:
+    """A model of fp8 weights with scales, and all that hosts have written beside such weights."""
+    prefix, tensors = "model.diffusion_model.", {}
+    for number, (name, scale) in enumerate(scales.items()):
+        tensors[f"{prefix}{name}.weight"] = (rand(12, 8, seed=number) * 100).to(torch.float8_e4m3fn)
+        tensors[f"{prefix}{name}.{suffix}"] = torch.tensor(scale)
+        tensors[f"{prefix}{name}.bias"] = torch.ones(12).half()
+        tensors[f"{prefix}{name}.{'scale_input' if suffix == 'scale_weight' else 'input_scale'}"] = ONE
+    if suffix == "scale_weight":
+        tensors[f"{prefix}scaled_fp8"] = torch.ones(2).to(torch.float8_e4m3fn)
+    else:
+        tensors |= {f"{prefix}{name}.comfy_quant": text_tensor('{"format": "float8_e4m3fn"}') for name in scales}
+    write(path, tensors, {"_quantization_metadata": "{}", "note": "x"}, overwrite=True)
+    return tensors
+
+
+@pytest.mark.parametrize("suffix", ["scale_weight", "weight_scale"])
+def test_fp8_with_scales_becomes_bf16_with_nothing_left_of_them(suffix, tmp_path):
+    tensors = quantised_file(tmp_path / "base", {"a": 0.02, "b": 0.5}, suffix)
+    base = checkpoints.opened(tmp_path / "base")
+    lora = LowRank(rand(12, 2) / 10, rand(2, 8) / 10)
+    landing = land([both(Lora("x", {"diffusion_model.a": lora}))], base.targets)
+    assert not checkpoints.merge(base, landing, tmp_path / "out", dtype=torch.bfloat16)
+    stored = safetensors.torch.load_file(tmp_path / "out")
+    p = "model.diffusion_model."
+    assert stored.keys() == {f"{p}{name}.{kind}" for name in "ab" for kind in ("weight", "bias")}
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    exact = {name: tensors[f"{p}{name}.weight"].double() * scale for name, scale in (("a", 0.02), ("b", 0.5))}
+    exact["a"] = exact["a"] + lora.delta((12, 8), torch.float64)
+    for name in "ab":
+        torch.testing.assert_close(stored[f"{p}{name}.weight"].double(), exact[name], rtol=2**-8, atol=1e-6)
+    metadata = read_header(tmp_path / "out").metadata
+    assert metadata["note"] == "x" and "_quantization_metadata" not in metadata
+
+
+def test_fp8_with_scales_stays_so_where_it_is_asked_for_as_fp8(tmp_path):
+    tensors = quantised_file(tmp_path / "base", {"a": 0.02})
+    base = checkpoints.opened(tmp_path / "base")
+    checkpoints.merge(base, land([], base.targets), tmp_path / "out", dtype=torch.float8_e4m3fn)
+    assert same(safetensors.torch.load_file(tmp_path / "out"), tensors)
+
+
+def test_the_index_of_shards_names_no_scale_that_is_gone(tmp_path):
+    shards(quantised_file(tmp_path / "file", {"a": 0.02, "b": 0.5}), tmp_path / "base")
+    base = checkpoints.opened(tmp_path / "base")
+    checkpoints.merge(base, land([], base.targets), tmp_path / "out", dtype=torch.float16)
+    assert checkpoints.opened(tmp_path / "out").targets.family == base.targets.family
+    assert len(loaded(tmp_path / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"a.weight_scale_2": ONE}, "nvfp4"),
+        ({"a.weight.absmax": torch.ones(6)}, "nf4"),
+        ({"a.qweight": torch.ones(2, 3).to(torch.int32)}, "GPTQ"),
+    ],
+)
+def test_packed_weights_are_refused_by_format_with_what_to_use(beside, named, tmp_path):
+    tensors = {"a.weight": torch.ones(12, 4).to(torch.uint8), "b.weight": torch.ones(3, 3), **beside}
+    write(tmp_path / "base", {f"model.diffusion_model.{k}": v for k, v in tensors.items()}, overwrite=True)
+    with pytest.raises(TargetError, match=named) as caught:
+        checkpoints.opened(tmp_path / "base")
+    assert "bf16" in caught.value.remedy and caught.value.module == "model.diffusion_model.a"
+
+
+def test_a_dtype_that_cannot_apply_to_a_weight_is_refused_by_its_format(tmp_path):
+    key = "model.diffusion_model.a"
+    told = text_tensor('{"format": "int8_tensorwise"}')
+    tensors = {f"{key}.weight": torch.ones(4, 4).to(torch.int8), f"{key}.weight_scale": ONE, f"{key}.comfy_quant": told}
+    write(tmp_path / "base", tensors, overwrite=True)
+    base = checkpoints.opened(tmp_path / "base")
+    with pytest.raises(AdapterError, match="int8_tensorwise"):
+        checkpoints.merge(base, land([], base.targets), tmp_path / "out", dtype=torch.bfloat16)
+    checkpoints.merge(base, land([], base.targets), tmp_path / "out")
+    assert same(safetensors.torch.load_file(tmp_path / "out"), tensors)
+
+
+# How much survives
+
+
+@pytest.mark.parametrize("how", ["plain", "scaled", "rounded to fp8"])
+def test_the_meter_tells_what_a_comparison_of_the_two_files_tells(how, tmp_path, monkeypatch):
+    monkeypatch.setattr(merging, "ROWS", 4 * 8 * 3)
+    p = "model.diffusion_model."
+    scales, dtype = {"a": 1.0, "b": 1.0, "c": 1.0}, None
+    if how == "scaled":
+        scales = {"a": 0.02, "b": 0.5, "c": 0.1}
+        tensors = quantised_file(tmp_path / "base", scales)
+    else:
+        dtype = torch.float8_e4m3fn if how == "rounded to fp8" else None
+        kind = torch.bfloat16 if dtype else torch.float8_e4m3fn
+        tensors = {f"{p}{name}.weight": rand(12, 8, seed=n).to(kind) for n, name in enumerate(scales)}
+        write(tmp_path / "base", tensors, overwrite=True)
+    base = checkpoints.opened(tmp_path / "base")
+    loras = {name: LowRank(rand(12, 2) * size, rand(2, 8)) for name, size in (("a", 0.01), ("b", 2.0))}
+    landing = land([both(Lora("x", {f"diffusion_model.{name}": each for name, each in loras.items()}))], base.targets)
+    told = checkpoints.merge(base, landing, tmp_path / "out", dtype=dtype)
+    stored = safetensors.torch.load_file(tmp_path / "out")
+    assert told.keys() == {f"{p}{name}.weight" for name in loras}
+    for name, lora in loras.items():
+        scale = stored.get(f"{p}{name}.scale_weight", ONE).double()
+        delta = lora.delta((12, 8), torch.float64)
+        found = stored[f"{p}{name}.weight"].double() * scale - tensors[f"{p}{name}.weight"].double() * scales[name]
+        cosine = float((delta * found).sum() / (delta.norm() * found.norm())) if found.any() else 0
+        each = told[f"{p}{name}.weight"]
+        assert (each.cosine, each.norm) == pytest.approx((cosine, float(found.norm() / delta.norm())), abs=1e-4)
+    assert told[f"{p}a.weight"].little and not told[f"{p}b.weight"].little
+
+
+def test_a_merge_into_fp8_says_how_much_of_each_layer_survives_and_what_to_do(folder, tmp_path, capsys):
+    asked = ("merge", folder / "base.safetensors", f"{folder / INK}:0.1", "--dtype", "fp8_e5m2", "-o", tmp_path / "out")
+    assert run(*asked) == 0
+    text = capsys.readouterr().out
+    assert "what survives" in text and "measured, 84 layers" in text and "bf16" in text
+    assert run(*asked, "--overwrite", "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["survival"]["little"] and len(told["survival_by_weight"]) == 84
+    worst = told["survival"]["worst"][0]
+    assert told["survival_by_weight"][worst["weight"]]["cosine"] == worst["cosine"]
+    assert worst["cosine"] == min(each["cosine"] for each in told["survival_by_weight"].values())
 
 
 def test_a_strength_that_changes_while_sampling_is_refused(folder, tmp_path):
@@ -313,7 +454,7 @@ def names_of(targets) -> str:
 @pytest.mark.parametrize(("family", "dialect"), [("sd15", "kohya"), ("flux", "kohya"), ("flux", "diffusers")])
 def test_a_folder_of_diffusers_gets_the_same_update_as_one_file(family, dialect, folder, tmp_path):
     if family == "sd15":
-        tensors = {k: v for k, v in samples.small_checkpoint().items() if "text_projection" not in k}
+        tensors = {k: v for k, v in small_checkpoint().items() if "text_projection" not in k}
     else:
         tensors = {key: rand(*shape, seed=number) for number, (key, shape) in enumerate(FLUX.items())}
     write(tmp_path / "base", tensors, overwrite=True)
@@ -384,11 +525,41 @@ def test_unmerging_all_leaves_what_rounding_left_and_says_how_much(folder, resul
     whole = sum(float(base[name].double().square().sum()) for name in model)
     assert told["relative"] == pytest.approx((wrong / whole) ** 0.5, rel=1e-6) and 0 < told["relative"] < 2**-11
     assert run(*asked, "--overwrite") == 0
-    assert json.loads(capsys.readouterr().out)["bounds"] == {"float16": 2**-10}
+    assert json.loads(capsys.readouterr().out)["bounds"] == {"float16": {"share": 2**-10, "least": 2**-24}}
     merged = safetensors.torch.load_file(result)
     for name in model:
         largest = torch.maximum(base[name].abs(), merged[name].abs()).double()
         assert ((stored[name].double() - base[name].double()).abs() <= 2**-10 * largest * 1.001 + 2**-24).all()
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_the_distance_and_the_bound_of_fp8_are_those_of_its_true_values(scaled, tmp_path):
+    p, dtype = "model.diffusion_model.", None if scaled else torch.float8_e4m3fn
+    if scaled:
+        quantised_file(tmp_path / "base", {"a": 0.02, "b": 0.5})
+    else:  # half of them below the smallest normal number
+        tensors = {f"{p}{name}.weight": (rand(12, 8, seed=len(name)) / 64).bfloat16() for name in ("a", "bb")}
+        write(tmp_path / "base", tensors, overwrite=True)
+    base = checkpoints.opened(tmp_path / "base")
+    entry = both(Lora("x", {"diffusion_model.a": LowRank(rand(12, 2) / 50, rand(2, 8) / 5)}))
+    checkpoints.merge(base, land([entry], base.targets), tmp_path / "merged", dtype=dtype)
+    merged_one = checkpoints.opened(tmp_path / "merged")
+    held = Recipe.of_metadata(merged_one.metadata, "")
+    landing, left = checkpoints.subtract(held, [], lambda _: entry, merged_one.targets, "x")
+    checkpoints.merge(merged_one, landing, tmp_path / "out", loras=left)
+    out = checkpoints.opened(tmp_path / "out")
+
+    def values(name: str) -> torch.Tensor:
+        tensors = safetensors.torch.load_file(tmp_path / name)
+        return tensors[f"{p}a.weight"].double() * tensors.get(f"{p}a.scale_weight", ONE).double()
+
+    [(kind, (share, least))] = checkpoints.bounds(merged_one, out, landing).items()
+    apart, largest = (values("out") - values("base")).abs(), torch.maximum(values("base").abs(), values("merged").abs())
+    assert kind == "float8_e4m3fn" and (apart <= torch.clamp(share * largest * 1.01, min=least * 1.01)).all()
+    assert (apart > share * largest * 1.01).any() or scaled, "the bound's second half is needed"
+    found = checkpoints.distance(out, base)
+    assert not scaled or found.worst == pytest.approx(float(apart.norm() / values("base").norm()))
+    assert found.weights == (4 if scaled else 2) and (found.worst_name == f"{p}a.weight" or not scaled)
 
 
 def test_one_lora_of_several_is_taken_off_and_the_others_stay_in_the_recipe(folder, result, tmp_path):
@@ -487,7 +658,7 @@ def test_an_interrupt_leaves_nothing_and_says_so(folder, tmp_path, capsys, monke
 def test_check_takes_shards_and_folders(folder, tmp_path, capsys):
     shards(safetensors.torch.load_file(folder / "base.safetensors"), tmp_path / "base")
     assert run("check", folder / INK, "--model", tmp_path / "base") == 0
-    assert "204 of 204" in capsys.readouterr().out
+    assert "84 of 84" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "wan", "qwen_image", "z_image", "kandinsky22_prior"])

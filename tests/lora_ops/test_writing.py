@@ -210,9 +210,10 @@ def test_values_that_no_picture_survives_are_not_written_unless_a_file_had_them_
 
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_progress_counts_every_byte_twice_and_speaks_often(folder, tmp_path):
+def test_progress_counts_every_byte_twice_and_speaks_often(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "CHUNK", 1 << 20)
     heard: list[tuple[int, int]] = []
-    tensors = {"a": torch.zeros(10 << 20), "b": lazy(torch.zeros(6 << 20, 1), rows=5 << 20), "c": torch.zeros(3)}
+    tensors = {"a": torch.zeros(640 << 10), "b": lazy(torch.zeros(384 << 10, 1), rows=320 << 10), "c": torch.zeros(3)}
     (tmp_path / "vae").write_bytes(bytes(1000))
     if folder:
         content, copies = {"x/1.safetensors": (tensors, {})}, {"vae/v": tmp_path / "vae"}
@@ -227,7 +228,7 @@ def test_progress_counts_every_byte_twice_and_speaks_often(folder, tmp_path):
         size = (tmp_path / "new").stat().st_size
     assert {total for _, total in heard} == {2 * size} and heard[-1][0] == 2 * size
     steps = [after - before for (before, _), (after, _) in itertools.pairwise([(0, 0), *heard])]
-    assert all(0 < step <= 16 << 20 for step in steps)
+    assert all(0 < step <= 1 << 20 for step in steps)
 
 
 @pytest.mark.parametrize("at", [0.01, 0.4, 0.6, 1.0])
@@ -673,12 +674,11 @@ def test_the_file_is_on_the_disk_before_it_gets_its_name_and_the_folder_after(ov
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_the_kernel_sees_write_then_fsync_then_rename_then_fsync_of_the_folder(overwrite, tmp_path):
+def test_the_kernel_sees_write_then_fsync_then_rename_then_fsync_of_the_folder(tmp_path):
     trace = tmp_path / "trace"
     script = (
         "import torch; from lora_ops import files; "
-        f"files.write('kurt.safetensors', {{'a': torch.ones(100_000)}}, overwrite={overwrite})"
+        "[files.write('kurt.safetensors', {'a': torch.ones(100_000)}, overwrite=over) for over in (False, True)]"
     )
     calls = "write,fsync,fdatasync,rename,renameat,renameat2,link,linkat"
     strace = ["strace", "-f", "-y", "--seccomp-bpf", "-o", str(trace), "-e", f"trace={calls}"]
@@ -689,12 +689,13 @@ def test_the_kernel_sees_write_then_fsync_then_rename_then_fsync_of_the_folder(o
         pytest.skip("tracing is not permitted here")
     assert done.returncode == 0, done.stderr
     seen = []
-    for line in trace.read_text().splitlines():
+    for line in trace.read_text().splitlines():  # a call that another thread interrupts ends on a line of its own
         call = re.match(r"\d+\s+(\w+)\(", line)
         if call and (writing.TEMPORARY in line or f"<{tmp_path}>" in line):
-            seen.append("folder" if line.endswith(f"<{tmp_path}>) = 0") else call[1])
+            seen.append("folder" if call[1] == "fsync" and f"<{tmp_path}>" in line else call[1])
     assert [step for step, after in zip(seen, [*seen[1:], ""], strict=True) if step != after] == [
-        *("write", "fsync", "rename" if overwrite else "link", "folder")
+        *("write", "fsync", "link", "folder"),
+        *("write", "fsync", "rename", "folder"),
     ]
 
 
@@ -743,7 +744,7 @@ def test_eight_processes_saving_under_the_next_number_lose_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(reports.values())
 
 
-KILLS = {"write": 60, "lazy": 15, "folder": 15, "merge": 15} if os.name != "nt" else {}
+KILLS = {"write": 15, "lazy": 10, "folder": 10, "merge": 10} if os.name != "nt" else {}
 
 
 @posix
