@@ -17,7 +17,14 @@ _FLUX = {"hidden_size": 128, "num_heads": 1, "depth": 2, "depth_single_blocks": 
 _FLUX2 = _FLUX | {"depth": 1, "depth_single_blocks": 1}
 SMALLER = {
     "sd15": {"model_channels": 32},
-    "sdxl": {"model_channels": 32, "num_heads": 8, "num_head_channels": -1},
+    "sdxl": {
+        "model_channels": 32,
+        "num_heads": 8,
+        "num_head_channels": -1,
+        "transformer_depth": [0, 0, 2, 2, 3, 3],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
+        "transformer_depth_middle": 3,
+    },
     "flux": _FLUX,
     "sd35_medium": {
         "depth": 2,
@@ -29,10 +36,9 @@ SMALLER = {
     },
     "wan": {"dim": 128, "num_heads": 1, "ffn_dim": 256, "num_layers": 1},
     "z_image": {
-        "dim": 240,
+        "dim": 256,
         "n_heads": 2,
         "n_kv_heads": 2,
-        "axes_dims": [40, 40, 40],
         "n_layers": 1,
         "cap_feat_dim": 64,
     },
@@ -74,14 +80,14 @@ def mount(comfy_path: Path, *, cuda: bool = False) -> ModuleType:
     return module
 
 
-def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = True, **changes):
+def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = True):
     """A ModelPatcher around a random model of this family, of megabytes or of the real size."""
     import comfy.model_management
     import comfy.model_patcher
     import comfy.supported_models
 
     name, config = (PUBLISHED | VARIANTS)[family]
-    made = getattr(comfy.supported_models, name)(config | (SMALLER[family] if smaller else {}) | changes)
+    made = getattr(comfy.supported_models, name)(config | (SMALLER[family] if smaller else {}))
     made.set_inference_dtype(dtype, None if dtype.itemsize > 1 else torch.float32)  # fp8 is stored, not computed in
     inner = made.get_model({}, "", device=CPU)
     generator = torch.Generator().manual_seed(0)

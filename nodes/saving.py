@@ -83,16 +83,26 @@ class LoraOpsSaveCheckpoint(io.ComfyNode):
                     "layout",
                     options=list(FOLDERS),
                     tooltip="What is written. full checkpoint: the model, with CLIP and VAE if they are connected. "
-                    "diffusion model, CLIP, VAE: that alone; a CLIP of several encoders is a file for each.",
+                    "diffusion model, CLIP, VAE: that alone; a CLIP of several encoders is a file for each. sharded "
+                    "diffusers folder: the model as diffusers keeps it.",
                 ),
                 _dtype("model"),
                 _dtype("clip"),
                 _dtype("vae"),
-                destination("models/checkpoints, diffusion_models, text_encoders or vae, as the layout is"),
+                destination("models/checkpoints, diffusion_models, text_encoders, vae or diffusers, as the layout is"),
                 if_exists(),
+                io.Float.Input(
+                    "max_shard_size",
+                    default=5.0,
+                    min=0.1,
+                    max=1000.0,
+                    step=0.1,
+                    optional=True,
+                    tooltip="In GB, the largest file of a sharded folder; other layouts have one file.",
+                ),
             ],
             outputs=[
-                io.String.Output(display_name="path", tooltip="The file; of several, one a line."),
+                io.String.Output(display_name="path", tooltip="The file or folder; of several, one a line."),
                 io.String.Output(
                     display_name="receipt", tooltip="What was written and how far it is from the model, as JSON."
                 ),
@@ -111,6 +121,7 @@ class LoraOpsSaveCheckpoint(io.ComfyNode):
         dtype_vae,
         destination,
         if_exists,
+        max_shard_size=5.0,
         model=None,
         clip=None,
         vae=None,
@@ -121,7 +132,7 @@ class LoraOpsSaveCheckpoint(io.ComfyNode):
         to = destinations.destination(destination, FOLDERS[layout], filename_prefix, cls.hidden.prompt)
         graph = saving.workflow(cls.hidden.prompt, cls.hidden.extra_pnginfo)
         with Meter(cls.hidden.unique_id, to.name) as meter:
-            saved = saving.save(layout, parts, to, if_exists, graph, meter)
+            saved = saving.save(layout, parts, to, if_exists, graph, meter, max_shard_size * 1e9)
         path = "\n".join(str(each.path) for each in saved)
         data = {"version": 1, "files": [each.data for each in saved]}
         return io.NodeOutput(path, json.dumps(data, ensure_ascii=False), ui=told(data, _text(saved)))

@@ -218,11 +218,11 @@ def _native(family: Family, names: Shapes) -> Shapes:
     return {
         key: (sum(shape[0] for shape in there.values()), *next(iter(there.values()))[1:])
         for key, there in found.items()
-        if _tile(there)
+        if tile(there)
     }
 
 
-def _tile(targets: Iterable[Target]) -> bool:
+def tile(targets: Iterable[Target]) -> bool:
     """Whether the bands of one weight are all of its rows, each once."""
     end = rows = 0
     for target in sorted(targets, key=lambda target: target.rows.start):

@@ -1,6 +1,6 @@
 """Files: one checked reader, one atomic writer."""
 
-from .folder import write_folder, write_folder_numbered
+from .folder import Files, write_folder, write_folder_numbered
 from .format import LORA_HEADER, Entry, Header, Identity
 from .reading import (
     TensorFile,
@@ -19,6 +19,7 @@ from .writing import Lazy, Progress, meter, write, write_numbered
 __all__ = [
     "LORA_HEADER",
     "Entry",
+    "Files",
     "Header",
     "Identity",
     "Lazy",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import comfy.float
 import comfy.lora
@@ -12,10 +12,11 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_patcher import get_key_weight
+from comfy.quant_ops import QuantizedTensor
 from torch import Tensor
 
 from ...lora_ops.errors import ShapeError, TargetError
-from . import live
+from . import live, storing
 from .inspecting import others
 from .patching import LandedPatch
 
@@ -60,6 +61,65 @@ class Weight:
         return _held(weight, rounded.to("cpu"), self.key)
 
 
+@dataclass(frozen=True, eq=False)
+class Quantised(Weight):
+    """A weight that the host stores quantised, in several tensors; it is written as floats."""
+
+    model: Any
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        yield self.rounded(dtype)
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        values = self.floats()
+        return _held(values, values.to("cpu", dtype), self.key)
+
+    def floats(self) -> Tensor:
+        computing = comfy.model_management.lora_compute_dtype(self.device) if self.patches else torch.float32
+        values = storing.floats(self.model, self.key, self.base, self.device, computing)
+        return comfy.lora.calculate_weight(self.patches, values, self.key) if self.patches else values
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Those that it is stored in, without the patches."""
+        return _tensors(self.base, self.key)
+
+    def requantised(self) -> Mapping[str, Tensor]:
+        """The same with the patches, by the host's own rule for its scales."""
+        return _tensors(storing.rounded(self.model, self.key, self.floats(), self.base.dtype), self.key)
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Weight):
+    """One of the tensors that a quantised weight is stored in."""
+
+    whole: Quantised
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        yield self.rounded(dtype)
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """Raises TargetError where the host's rule makes another kind of scale than the weight has."""
+        found = self.whole.requantised()[self.key] if self.patches else self.base
+        if found.numel() != self.base.numel() or not found.dtype == self.base.dtype == dtype:
+            what = f"would be stored as {tuple(found.shape)} of {found.dtype}: not as its file has it."
+            raise TargetError(what, module=self.key, remedy="Choose dtype_model bf16.")
+        return found.to("cpu").reshape(self.shape)
+
+
+def _tensors(weight: Any, key: str) -> dict[str, Tensor]:
+    """The tensors of a quantised weight, as the host's loader takes them: exponents alone as bytes."""
+    bare = torch.float8_e8m0fnu
+    return {
+        name: tensor.detach().view(torch.uint8) if tensor.dtype == bare else tensor.detach()
+        for name, tensor in weight.state_dict(key).items()
+    }
+
+
 def _held(wide: Tensor, rounded: Tensor, key: str) -> Tensor:
     """Raises ShapeError where a finite number has become none."""
     if rounded.dtype != wide.dtype and rounded.is_floating_point():
@@ -69,9 +129,10 @@ def _held(wide: Tensor, rounded: Tensor, key: str) -> Tensor:
     return rounded
 
 
-def weights(patcher: Any, prefix: str = "") -> dict[str, Weight]:
+def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dict[str, Weight]:
     """The tensors below a prefix, each with all patches that are on it; those that run live come after the others.
 
+    A quantised weight is as many tensors as it is stored in, or (dequantised) one of floats.
     Raises TargetError for what has no one value to write.
     """
     patches = {key: tuple(there) for key, there in patcher.patches.items()}
@@ -79,19 +140,46 @@ def weights(patcher: Any, prefix: str = "") -> dict[str, Weight]:
         for key, pieces in attached.pieces.items():
             patch = LandedPatch.of(pieces, attached.rows)
             patches[key] = (*patches.get(key, ()), (1.0, patch, 1.0, None, None))
-    found = {}
+    quantised: dict[str, Quantised] = {}
+    for name, module in patcher.model.named_modules():
+        key, weight = f"{name}.weight", getattr(module, "weight", None)
+        if isinstance(weight, QuantizedTensor) and key.startswith(prefix):
+            base = _unpatched(patcher, key, cast(Tensor, weight))
+            quantised[key] = Quantised(key, base, patches.get(key, ()), patcher.load_device, patcher.model)
+    found: dict[str, Weight] = {}
     for key, tensor in patcher.model_state_dict(prefix or None).items():
-        there = patches.get(key, ())
+        there = () if key in quantised else patches.get(key, ())
         if there:
-            tensor, quantised, _ = get_key_weight(patcher.model, key)
-            if quantised is not None or type(tensor) not in (torch.nn.Parameter, torch.Tensor):
-                raise TargetError(
-                    f"is stored as {type(tensor).__name__} and has patches on it, which this version cannot write.",
-                    module=key,
-                    remedy="Load the model in another weight_dtype, or use a base that is not quantised.",
-                )
+            tensor = get_key_weight(patcher.model, key)[0]
+            _require_rule(type(tensor) in storing.PLAIN, key, tensor)
         found[key] = Weight(key, _unpatched(patcher, key, tensor), there, patcher.load_device)
+    for key, weight in quantised.items():
+        _require_rule(not weight.patches or get_key_weight(patcher.model, key)[1] is not None, key, weight.base)
+        if dequantised:
+            found = _with_floats(found, weight)
+        else:
+            found |= {
+                name: Stored(name, tensor, weight.patches, weight.device, weight)
+                for name, tensor in weight.tensors.items()
+            }
     return found
+
+
+def _require_rule(known: bool, key: str, weight: Tensor) -> None:
+    if not known:
+        what = f"is stored as {type(weight).__name__} and has patches on it, which this version cannot write."
+        remedy = "Load the model in another weight_dtype, or use a base that is not quantised."
+        raise TargetError(what, module=key, remedy=remedy)
+
+
+def _with_floats(found: Mapping[str, Weight], weight: Quantised) -> dict[str, Weight]:
+    """Without what says how a weight is quantised, and with the weight in its place."""
+    module = weight.key.removesuffix("weight")
+    if f"{module}pre_quant_scale" in found:
+        what = "has a scale for its inputs, which the host reads for quantised weights only."
+        raise TargetError(what, module=weight.key, remedy="Choose dtype keep.")
+    gone = {*weight.tensors, f"{module}comfy_quant", f"{module}input_scale"}
+    return {**{key: each for key, each in found.items() if key not in gone}, weight.key: weight}
 
 
 def _unpatched(patcher: Any, key: str, tensor: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import comfy.diffusers_convert
@@ -20,10 +22,13 @@ import torch
 from comfy import supported_models as models
 from torch import Tensor
 
+from ...lora_ops.checkpoints import STEM, component
 from ...lora_ops.errors import FileError, TargetError
+from ...lora_ops.families import recognise
 from ...lora_ops.files import Header, read_header
 from . import ledger
 from .baking import Weight, weights
+from .patching import shapes
 from .renaming import Placeholder, Rule
 
 State = dict[str, Any]
@@ -32,6 +37,7 @@ FOLDERS = {  # layout -> its models folder
     "diffusion model": "diffusion_models",
     "CLIP": "text_encoders",
     "VAE": "vae",
+    "sharded diffusers folder": "diffusers",
 }
 # A CLIP or VAE does not say which checkpoint it was in: one kind for each of the host's rules.
 CLIPS = (models.SD15, models.SD20, models.SDXL, models.SDXLRefiner, models.Stable_Cascade_C, models.SD3)
@@ -57,7 +63,7 @@ class Part:
     @cached_property
     def weights(self) -> Mapping[str, Weight]:
         """By the name in the module that the host saves."""
-        found = weights(self.patcher, self.prefix)
+        found = weights(self.patcher, self.prefix, dequantised=self.dtype is not None)
         return {key.removeprefix(self.prefix): weight for key, weight in found.items()}
 
     @cached_property
@@ -180,24 +186,29 @@ def encoders_of(clip: Any) -> list[str]:
 class File(NamedTuple):
     """One file to be written: the names it gives to the parts' weights, and those that the host gives to its tensors.
 
-    A part's weight is called part/name here, in what save takes and in what each part's load makes.
+    A part's weight is called part/name here, in what save takes and in what each part's load makes. With a folder it is
+    several files: the shards of a component of diffusers, which is called so, and copies of other files.
     """
 
     ending: str
     parts: tuple[Part, ...]
     save: Rule
     load: Mapping[str, Rule]
+    folder: str = ""
+    copies: Mapping[str, Path] = MappingProxyType({})
 
 
 def files_of(layout: str, parts: Mapping[str, Part]) -> list[File]:
     """The files of a layout. Raises TargetError for a part that is missing, or that no file of its own can hold."""
-    needed = {"full checkpoint": "model", "diffusion model": "model", "CLIP": "clip", "VAE": "vae"}[layout]
+    needed = {"CLIP": "clip", "VAE": "vae"}.get(layout, "model")
     if needed not in parts:
         raise TargetError(f"The layout '{layout}' needs a {needed.upper()}.", remedy=f"Connect a {needed.upper()}.")
     if layout == "CLIP":
         return _text_encoders(parts["clip"])
     if layout == "VAE":
         return [File("", (parts["vae"],), lambda named: _of(named, "vae"), {"vae": dict})]
+    if layout == "sharded diffusers folder":
+        return [_component(parts["model"])]
     model = parts["model"].thing
     config = model.model.model_config
     if layout == "diffusion model":
@@ -221,6 +232,15 @@ def files_of(layout: str, parts: Mapping[str, Part]) -> list[File]:
     }
     chosen = tuple(parts[name] for name in loading if name in parts)
     return [File("", chosen, full, {part.name: loading[part.name] for part in chosen})]
+
+
+def _component(model: Part) -> File:
+    found = component(recognise(shapes(model.thing, None)), {key: each.shape for key, each in model.weights.items()})
+    paths = [Path(path) for path in _paths(model.patcher)]
+    beside = [path.with_name("config.json") for path in paths if path.name.startswith(STEM)]
+    copies = {f"{found.folder}/config.json": path for path in beside[:1] if path.is_file()}
+    rules = (lambda named: found.split(_of(named, "model"))), {"model": found.joined}
+    return File("", (model,), *rules, found.folder, copies)
 
 
 def _text_encoders(clip: Part) -> list[File]:

@@ -15,7 +15,8 @@ import comfy.model_management
 from comfy.cli_args import args
 from torch import Tensor
 
-from ...lora_ops.files import Lazy, Progress, write, write_numbered
+from ...lora_ops.checkpoints import shards
+from ...lora_ops.files import Files, Lazy, Progress, write, write_folder, write_folder_numbered, write_numbered
 from ...lora_ops.layouts.metadata import BASES
 from ...lora_ops.recipe import KEY as RECIPE
 from ...lora_ops.recipe import Ingredient, Recipe
@@ -58,10 +59,12 @@ def save(
     if_exists: str,
     graph: Mapping[str, str],
     progress: Progress,
+    shard: float = 5e9,
 ) -> list[Saved]:
     """Write the files of a layout, each verified before it has its name; if one fails, none of them stays.
 
-    graph is the workflow, for the metadata. progress hears the bytes written, read back and compared, of all files.
+    graph is the workflow, for the metadata; shard is the size of a folder's files, in bytes. progress hears the bytes
+    written, read back and compared, of all files.
     Raises what files.write and verify do.
     """
     planned = [_planned(file) for file in files_of(layout, parts)]
@@ -70,7 +73,7 @@ def save(
     try:
         for plan in planned:
             told = partial(_told, progress, before, total)
-            done.append(plan.written(to, if_exists, graph, told))
+            done.append(plan.written(to, if_exists, graph, told, shard))
             before += 3 * plan.bytes
     except BaseException:
         for saved in done:
@@ -98,6 +101,26 @@ def put(
     return path
 
 
+def put_folder(
+    to: Destination,
+    if_exists: str,
+    files: Files,
+    texts: Mapping[str, str],
+    copies: Mapping[str, Path],
+    progress: Progress,
+    check: Callable[[Path], None],
+) -> Path:
+    """The same for a folder."""
+    if if_exists == "number":
+        return write_folder_numbered(partial(to.numbered, ""), files, texts, copies, progress=progress, check=check)
+    write_folder(to.path(""), files, texts, copies, overwrite=False, progress=progress, check=check)
+    return to.path("")
+
+
+def _size(path: Path) -> int:
+    return sum(each.stat().st_size for each in path.rglob("*")) if path.is_dir() else path.stat().st_size
+
+
 def _told(progress: Progress, before: int, total: int, done: int) -> None:
     progress(min(before + done, total), total)
 
@@ -112,7 +135,9 @@ class _Plan:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def written(self, to: Destination, if_exists: str, graph: Mapping[str, str], told: Callable[[int], None]) -> Saved:
+    def written(
+        self, to: Destination, if_exists: str, graph: Mapping[str, str], told: Callable[[int], None], shard: float
+    ) -> Saved:
         metadata = described(self.file, to.name) | graph
         verified, done = Verified(), 0
 
@@ -125,10 +150,15 @@ class _Plan:
             nonlocal verified
             verified = verify(path, self.file, self.kept, lambda size: so_far(done + size))
 
-        ending = self.file.ending + SUFFIX
-        path = put(to, ending, if_exists, self.tensors, metadata, so_far, check)
+        if self.file.folder:
+            files, texts = shards(self.tensors, shard)
+            inside = {f"{self.file.folder}/{name}": (tensors, metadata) for name, tensors in files.items()}
+            texts = {f"{self.file.folder}/{name}": text for name, text in texts.items()}
+            path = put_folder(to, if_exists, inside, texts, self.file.copies, so_far, check)
+        else:
+            path = put(to, self.file.ending + SUFFIX, if_exists, self.tensors, metadata, so_far, check)
         dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in self.tensors.values())
-        return Saved(path, path.stat().st_size, len(self.tensors), dict(dtypes), verified, tuple(self.notes()))
+        return Saved(path, _size(path), len(self.tensors), dict(dtypes), verified, tuple(self.notes()))
 
     def notes(self) -> list[str]:
         found = []
@@ -140,6 +170,8 @@ class _Plan:
             lost = [key for key, weight in part.weights.items() if weight.patches and key not in kept]
             found += [f"{name}: {key} is patched and has no place in this layout" for key in lost]
             found += [f"{name}: not in the file: {what}" for what in unbaked(part.patcher)]
+        if self.file.folder and not self.file.copies:
+            found.append(f"{self.file.folder}: no config.json: take the one of the model it was made from")
         return found
 
 

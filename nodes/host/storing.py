@@ -44,29 +44,39 @@ def stored(model: Any, key: str, weight: Tensor, pieces: Sequence[Piece], device
 
     Raises TargetError for a weight that the host has no rule to store.
     """
-    _, set_func, convert_func = get_key_weight(model, key)
-    if not weight.is_floating_point() or (type(weight) not in PLAIN and set_func is None):
+    if not weight.is_floating_point() or (type(weight) not in PLAIN and get_key_weight(model, key)[1] is None):
         kind = type(weight).__name__ if type(weight) not in PLAIN else str(weight.dtype).removeprefix("torch.")
         what = f"is stored as {kind}, which nothing can be merged into."
         raise TargetError(what, module=key, remedy="Use mode live, or a model in bf16.")
-
-    def floats(of: Tensor) -> Tensor:
-        wide = of.dtype if of.dtype.itemsize > 4 else torch.float32
-        cast = comfy.model_management.cast_to_device(of, device, wide, copy=True)
-        return cast if convert_func is None else convert_func(cast, inplace=True)
-
-    seed, wanted = comfy.utils.string_to_seed(key), floats(weight)
+    wide = weight.dtype if weight.dtype.itemsize > 4 else torch.float32
+    wanted = floats(model, key, weight, device, wide)
     every = max(1, len(weight) // SAMPLE) if type(weight) in PLAIN and weight.dtype.itemsize == 2 else 1
     base = wanted[::every].clone()
     put(wanted, pieces)
-    if set_func is not None:  # it may write to what it is given
-        found = set_func(wanted.clone(), inplace_update=False, seed=seed, return_weight=True)
-    else:
-        found = comfy.float.stochastic_rounding(wanted, weight.dtype, seed=seed)
+    found = rounded(model, key, wanted.clone() if type(weight) not in PLAIN else wanted, weight.dtype)
     if type(weight) in PLAIN and weight.dtype.itemsize >= 4:
         return Stored(found, None)
-    survival = measured(base, wanted[::every], floats(found if every == 1 else found[::every]))
+    there = floats(model, key, found if every == 1 else found[::every], device, wide)
+    survival = measured(base, wanted[::every], there)
     return Stored(found, Survival(*(each * len(weight) / len(base) for each in survival)))
+
+
+def floats(model: Any, key: str, weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The values of a weight of a model, in memory of their own."""
+    cast, convert = (
+        comfy.model_management.cast_to_device(weight, device, dtype, copy=True),
+        get_key_weight(model, key)[2],
+    )
+    return cast if convert is None else convert(cast, inplace=True)
+
+
+def rounded(model: Any, key: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as the host stores that weight of a model: by its module's own rule, which may write to them, else rounded
+    to a dtype."""
+    set_func, seed = get_key_weight(model, key)[1], comfy.utils.string_to_seed(key)
+    if set_func is not None:
+        return set_func(values, inplace_update=False, seed=seed, return_weight=True)
+    return comfy.float.stochastic_rounding(values, dtype, seed=seed)
 
 
 def foreseen(model: Any, pieces: Mapping[str, Sequence[Piece]], coarse: Sequence[str]) -> Mapping[str, Survival]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,32 +38,36 @@ class Verified:
 
 
 def verify(path: Path, file: File, kept: Mapping[str, frozenset[str]], more: Callable[[int], None]) -> Verified:
-    """Compare each weight that the host would load from a file with the live one, computed anew.
+    """Compare each weight that would be loaded from a file, or from a folder's, with the live one, computed anew.
 
     kept: the names of each part's weights that the layout holds. more hears how many bytes were read each time.
     Raises FileError for a weight that would not be loaded or is further off than rounding explains.
     """
-    header, found = read_header(path), Verified()
+    paths = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    headers, found = [read_header(each) for each in paths], Verified()
     for part in file.parts:
-        found = found.joined(_verify(header, part, file.load[part.name], kept[part.name], more))
+        found = found.joined(_verify(headers, part, file.load[part.name], kept[part.name], more))
     return found
 
 
-def _verify(header: Header, part: Part, rule: Rule, kept: frozenset[str], more: Callable[[int], None]) -> Verified:
-    file = placeholders(header)
+def _verify(
+    headers: Sequence[Header], part: Part, rule: Rule, kept: frozenset[str], more: Callable[[int], None]
+) -> Verified:
+    file = {name: tensor for header in headers for name, tensor in placeholders(header).items()}
+    within = {name: header for header in headers for name in header.entries}
     loaded, found = renamed(rule, file), Verified()
     if missing := sorted(kept - loaded.keys()):
         what = f"would be loaded without {len(missing)} of its {len(kept)} weights (first: {missing[0]})."
-        raise FileError(what, file=header.path, module=missing[0], remedy="Nothing was saved; please report this.")
+        raise FileError(what, file=headers[0].path, module=missing[0], remedy="Nothing was saved; please report this.")
     made: dict[frozenset[str], list[str]] = {}
     for key in kept:
         made.setdefault(loaded[key].origins, []).append(key)
     for names, keys in made.items():
-        values = dict(read_tensors(header, sorted(names)))
+        values = {name: tensor for each in sorted(names) for name, tensor in read_tensors(within[each], [each])}
         plain = len(keys) == 1 and loaded[keys[0]].whole
         results = {keys[0]: values[next(iter(names))]} if plain else computed(rule, file, values)
         for key in keys:
-            found = found.joined(_compared(part, key, results[key], header))
+            found = found.joined(_compared(part, key, results[key], within[min(names)]))
         more(sum(tensor.nbytes for tensor in values.values()))
     return found
 

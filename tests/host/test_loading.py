@@ -173,7 +173,7 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
         "LoraOpsSaveCheckpoint": (
             [
                 *("model", "clip", "vae", "filename_prefix", "layout"),
-                *("dtype_model", "dtype_clip", "dtype_vae", "destination", "if_exists"),
+                *("dtype_model", "dtype_clip", "dtype_vae", "destination", "if_exists", "max_shard_size"),
             ],
             [("STRING", "path"), ("STRING", "receipt")],
         ),

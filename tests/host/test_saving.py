@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from harness.inside import SMALLER, patched_weights
 
 # CLIP-L of SD1.5 has no such weights: the host leaves what is in its memory there and never uses it.
 UNUSED = ("clip_l.logit_scale", "clip_l.transformer.text_projection.weight")
+LAYERS = 2  # of the 12 of CLIP-L: the host takes any number if it is told, of a CLIP file by another name
+SHORT = {name: {"num_hidden_layers": LAYERS} for name in ("clip_l_model_config", "model_config")}
 
 
 @pytest.fixture
@@ -31,24 +35,43 @@ def save(ours, output):
     saving, checkpoints = ours("nodes.host.saving"), ours("nodes.host.checkpoints")
     destinations = ours("nodes.host.destinations")
 
-    def put(layout, dtype=None, *, prefix="saved", if_exists="number", graph=None, progress=lambda *_: None, **things):
+    def put(
+        layout,
+        dtype=None,
+        *,
+        prefix="saved",
+        if_exists="number",
+        graph=None,
+        progress=lambda *_: None,
+        shard=5e9,
+        **things,
+    ):
         parts = {name: checkpoints.Part(name, thing, dtype) for name, thing in things.items() if thing is not None}
         to = destinations.destination("output", checkpoints.FOLDERS[layout], prefix, {})
-        return saving.save(layout, parts, to, if_exists, graph or {}, progress)
+        return saving.save(layout, parts, to, if_exists, graph or {}, progress, shard)
 
     return put
 
 
 @pytest.fixture(scope="module")
-def checkpoint(small_files, pack):
-    """The small SD1.5 checkpoint in fp16 as CheckpointLoaderSimple loads it: MODEL, CLIP, VAE."""
-    return load_checkpoint(small_files / small.FILES["sd15"][0])
+def checkpoint(ours, small_files, tmp_path_factory):
+    """The small SD1.5 checkpoint in fp16, but for most layers of its CLIP, as CheckpointLoaderSimple loads it: MODEL,
+    CLIP, VAE."""
+    files, path = ours("lora_ops.files"), tmp_path_factory.mktemp("short") / "sd15.safetensors"
+    header = files.read_header(small_files / small.FILES["sd15"][0])
+    kept = [
+        key
+        for key in header.entries
+        if not (found := re.search(r"encoder\.layers\.(\d+)", key)) or int(found[1]) < LAYERS
+    ]
+    files.write(path, dict(files.read_tensors(header, kept)), overwrite=False)
+    return load_checkpoint(path)
 
 
-def load_checkpoint(path, *, clip=True, vae=True):
+def load_checkpoint(path):
     import comfy.sd
 
-    return comfy.sd.load_checkpoint_guess_config(str(path), output_vae=vae, output_clip=clip)[:3]
+    return comfy.sd.load_checkpoint_guess_config(str(path), te_model_options=SHORT)[:3]
 
 
 @pytest.fixture
@@ -80,43 +103,61 @@ def differing(one, other, keys=None):
     return sorted(key for key in keys or other if not torch.equal(one[key], other[key]))
 
 
-@pytest.mark.parametrize("family", SMALLER)
-def test_a_saved_diffusion_model_is_the_patched_one_to_the_bit(family, save, samples, apply):
+FLOAT32 = [(family, torch.float32) for family in SMALLER if family != "sdxl"]
+
+
+@pytest.mark.parametrize(("family", "dtype"), [*FLOAT32, ("sdxl", torch.float16), ("flux", torch.bfloat16)])
+def test_a_saved_diffusion_model_is_the_patched_one_to_the_bit(family, dtype, save, samples, apply, pack):
     """The narrow route for models that detection pins: the host's classes and name rules without its guess."""
-    model = inside.model(family)
+    model = inside.model(family, dtype)
     changed = apply(model, (samples(model, 0, seed=1), 0.7))
     ((saved),) = save("diffusion model", model=changed)
     assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
-    again = reloaded(family, saved.path)
+    assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
+    again = reloaded(family, saved.path, dtype)
     assert differing(again.model.state_dict(), live(changed)) == []
+    assert torch.equal(latents(family, again), latents(family, changed))
+
+
+INPUTS = {  # latent, text, and what else
+    "sd35_medium": ((1, 16, 8, 8), (1, 7, 64), {"y": (1, 32)}),
+    "wan": ((1, 16, 1, 8, 8), (1, 7, 4096), {"c_concat": (1, 20, 1, 8, 8), "clip_fea": (1, 257, 1280)}),
+    "z_image": ((1, 16, 8, 8), (1, 7, 64), {"num_tokens": 7}),
+}
+
+
+def latents(family, patcher):
+    """One call of the model, loaded by the host as for sampling."""
+    import comfy.model_management
+
     if family in inside.FAMILIES:
-        assert torch.equal(inside.run(again), inside.run(changed))
+        return inside.run(patcher)
+    comfy.model_management.load_models_gpu([patcher])
+    generator = torch.Generator().manual_seed(1)
+    shape, context, more = INPUTS[family]
+    x, text = torch.randn(shape, generator=generator), torch.randn(context, generator=generator)
+    more = {
+        name: torch.randn(each, generator=generator) if isinstance(each, tuple) else each for name, each in more.items()
+    }
+    with torch.no_grad():
+        return patcher.model.apply_model(x, torch.tensor([0.5]), c_crossattn=text, transformer_options={}, **more)
 
 
-def reloaded(family, path):
+def reloaded(family, path, dtype):
     """What the host's own loader makes of the file, or of a file of a narrow model by all its rules but the guess."""
     import comfy.model_detection
     import comfy.sd
     import comfy.utils
 
-    if family in ("flux", "sd35_medium", "wan"):
-        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
-    fresh, file = inside.model(family), comfy.utils.load_torch_file(str(path))
+    if family in ("flux", "sd35_medium", "wan") and dtype == torch.float32:  # it computes in float32 on a CPU
+        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": dtype})
+    fresh, file = inside.model(family, dtype), comfy.utils.load_torch_file(str(path))
     with torch.no_grad():
         for weight in fresh.model.diffusion_model.parameters():
             weight.zero_()
     prefix = comfy.model_detection.unet_prefix_from_state_dict(file)
     fresh.model.load_model_weights(file, prefix if any(key.startswith(prefix) for key in file) else "")
     return fresh
-
-
-@pytest.mark.parametrize(("family", "dtype"), [("sdxl", torch.float16), ("flux", torch.bfloat16)])
-def test_a_half_precision_model_is_saved_to_the_bit_in_its_own_dtype(family, dtype, save, samples, apply, pack):
-    model = inside.model(family, dtype)
-    changed = apply(model, (samples(model, 0, seed=1), 0.7))
-    ((saved),) = save("diffusion model", model=changed)
-    assert saved.verified.equal == saved.verified.weights
-    assert set(saved.dtypes) == {str(dtype).removeprefix("torch.")}
 
 
 def test_a_full_checkpoint_keeps_its_files_dtypes_and_reopens_within_one_rounding(save, checkpoint, patched):
@@ -141,18 +182,183 @@ def test_a_part_is_written_in_the_dtype_that_is_asked_for(dtype, save, checkpoin
     assert saved.verified.ulps == (0 if dtype == torch.float32 else 0.5)  # live it is float32
 
 
-def test_clip_and_vae_reopen_from_files_of_their_own(save, checkpoint, patched):
+def test_clip_and_vae_reopen_from_files_of_their_own(ours, save, checkpoint, patched):
     import comfy.sd
     import comfy.utils
 
     ((saved),) = save("CLIP", clip=patched.clip)
-    clip = comfy.sd.load_clip([str(saved.path)])
+    recipe = ours("lora_ops.recipe").Recipe.of_metadata(ours("lora_ops.files").read_header(saved.path).metadata, "")
+    assert [dict(each.strengths) for each in recipe.loras] == [{"clip": 0.7}]
+    clip = comfy.sd.load_clip([str(saved.path)], model_options=SHORT)
     wanted = live(patched.clip.patcher)
     read = clip.cond_stage_model.state_dict()
     assert differing(read, wanted, [key for key in read if key not in UNUSED]) == []
     vae = checkpoint[2]
     ((saved),) = save("VAE", vae=vae)
     assert differing(comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(saved.path))).get_sd(), vae.get_sd()) == []
+
+
+@pytest.fixture(scope="module")
+def quantised(ours, pack, tmp_path_factory):
+    """quantised(algorithm): a small FLUX model of which some Linears are quantised, by the host's own loader."""
+    import comfy.sd
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    def load(algorithm):
+        path = tmp_path_factory.mktemp("quantised") / f"{algorithm}.safetensors"
+        found = dict(inside.model("flux").model.diffusion_model.state_dict())
+        for module in [key.removesuffix("weight") for key in found if re.search(r"linear\d\.weight", key)]:
+            weight = QuantizedTensor.from_float(
+                found.pop(f"{module}weight"), QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+            )
+            exponents = torch.float8_e8m0fnu
+            for name, tensor in weight.state_dict(f"{module}weight").items():
+                found[name] = tensor.view(torch.uint8) if tensor.dtype == exponents else tensor
+            found[f"{module}comfy_quant"] = torch.tensor(
+                list(f'{{"format": "{algorithm}"}}'.encode()), dtype=torch.uint8
+            )
+        ours("lora_ops.files").write(path, found, overwrite=False)
+        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+
+    return load
+
+
+def floats(patcher):
+    """The model's values, as float32."""
+    state = {key: each for key, each in patcher.model.named_parameters() if key.endswith(("weight", "bias", "scale"))}
+    return {key: each.dequantize() if hasattr(each, "dequantize") else each for key, each in state.items()}
+
+
+@pytest.mark.parametrize("algorithm", ["float8_e4m3fn", "nvfp4", "mxfp8"])
+def test_a_quantised_model_is_saved_as_the_host_would_store_it_patched(algorithm, quantised, save, samples, apply):
+    import comfy.sd
+
+    model = quantised(algorithm)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7), mode="patch")
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
+    again = comfy.sd.load_diffusion_model(str(saved.path), model_options={"dtype": torch.float32})
+    before, wanted, found = floats(model), patched_weights(changed), floats(again)
+    assert type(again.model.diffusion_model.single_blocks[0].linear2.weight).__name__ == "QuantizedTensor"
+    for key, weight in found.items():
+        expected = wanted.get(key, before[key])
+        assert torch.equal(weight, expected.dequantize() if hasattr(expected, "dequantize") else expected), key
+    assert wanted and differing(found, before) == sorted(wanted)
+
+
+def test_a_quantised_model_is_saved_as_floats_where_a_dtype_is_asked_for(quantised, save, samples, apply):
+    import comfy.sd
+
+    model = quantised("float8_e4m3fn")
+    changed = apply(model, (samples(model, 0, seed=1), 0.7), mode="auto")
+    assert changed.get_attachment("lora_ops_live") is not None  # mode auto: its weights would lose much of the update
+    ((saved),) = save("diffusion model", torch.float32, model=changed)
+    assert set(saved.dtypes) == {"float32"}
+    again = comfy.sd.load_diffusion_model(str(saved.path), model_options={"dtype": torch.float32})
+    before, found = floats(model), floats(again)
+    plain = inside.model("flux")
+    tensors = samples(model, 0, seed=1)
+    change = patched_weights(apply(plain, (tensors, 0.7), mode="patch"))
+    assert found.keys() == before.keys()
+    for key, weight in found.items():
+        delta = change[key] - floats(plain)[key] if key in change else 0
+        assert torch.allclose(weight, before[key] + delta, rtol=0, atol=1e-5), key
+
+
+SHARDED = "sharded diffusers folder"
+DIFFUSERS = {  # what diffusers calls the small models
+    "sd15": ("UNet2DConditionModel", {"block_out_channels": [32, 64, 128, 128], "cross_attention_dim": 768}),
+    "sdxl": (
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": [32, 64, 128],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 3],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 128,
+            "num_attention_heads": 1,
+            "joint_attention_dim": 64,
+            "in_channels": 64,
+            "guidance_embeds": True,
+        },
+    ),
+}
+
+
+def outputs(family, patcher, theirs, side=8):
+    """What the host's network and diffusers' make of the same inputs."""
+    import comfy.model_management
+
+    comfy.model_management.load_models_gpu([patcher])
+    mine, generator = patcher.model.diffusion_model, torch.Generator().manual_seed(1)
+    time = torch.tensor([0.5])
+    with torch.no_grad():
+        if family == "sd15":
+            x, context = torch.randn(1, 4, side, side, generator=generator), torch.randn(1, 7, 768, generator=generator)
+            return mine(x, time, context), theirs(x, time, context).sample
+        x, context = torch.randn(1, 16, side, side, generator=generator), torch.randn(1, 7, 64, generator=generator)
+        pooled = torch.randn(1, 768, generator=generator)
+        packed = torch.nn.functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+        places = torch.cartesian_prod(torch.zeros(1), *[torch.arange(side / 2)] * 2)
+        found = theirs(packed, context, pooled, time, places, torch.zeros(7, 3), torch.tensor([3.5])).sample
+        back = found.transpose(1, 2).unflatten(2, (side // 2, side // 2))
+        return mine(x, time, context, pooled, torch.tensor([3.5])), torch.nn.functional.pixel_shuffle(back, 2)
+
+
+@pytest.mark.parametrize("family", DIFFUSERS)
+def test_diffusers_loads_a_sharded_folder_with_every_weight_of_the_live_model(
+    family, ours, save, samples, apply, output, pack
+):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
+    model = inside.model(family)
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    ((saved),) = save(SHARDED, shard=2e6 if family == "flux" else 2e7, model=changed)
+    assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
+    (folder,) = saved.path.iterdir()
+    assert len(list(folder.glob("*.safetensors"))) > 1 and any("no config.json" in note for note in saved.notes)
+    kind, config = DIFFUSERS[family]
+    (folder / "config.json").write_text(json.dumps({"_class_name": kind, **config}))
+    read, told = getattr(diffusers, kind).from_pretrained(folder, output_loading_info=True)
+    assert not any(told.values())
+    found, wanted = read.state_dict(), live(changed)
+    assert sum(each.numel() for each in found.values()) == sum(
+        each.numel() for key, each in wanted.items() if key.startswith("diffusion_model.")
+    )
+    if family != "sdxl":
+        assert torch.allclose(*outputs(family, changed, read), rtol=0, atol=1e-4)  # of float32
+    opened = ours("lora_ops.checkpoints").opened(saved.path)
+    assert opened.targets.family == family and ours("lora_ops.recipe").Recipe.of_metadata(opened.metadata, "").loras
+
+
+def test_a_folder_keeps_the_config_of_the_one_it_was_loaded_from(ours, save, tmp_path, pack):
+    model = inside.model("flux", torch.bfloat16)
+    ((first),) = save(SHARDED, model=model)
+    (file,) = (first.path / "transformer").iterdir()
+    assert file.name == "diffusion_pytorch_model.safetensors"  # what fits into one has no index
+    assert any("no config.json" in note for note in first.notes)
+    (first.path / "transformer/config.json").write_text("{}")
+    model.cached_patcher_init = (None, (str(file),))
+    ((second),) = save(SHARDED, model=model)
+    assert (second.path / "transformer/config.json").read_text() == "{}"
+    assert not any("no config.json" in note for note in second.notes)
+
+
+def test_a_model_whose_names_in_diffusers_are_not_all_known_is_no_folder(ours, save, output, pack):
+    with pytest.raises(ours("lora_ops.errors").TargetError, match="names in diffusers are not known"):
+        save(SHARDED, model=inside.model("wan"))
+    assert os.listdir(output) == []
 
 
 def test_what_runs_live_is_saved_like_a_patch(save, samples, apply, pack):
@@ -203,7 +409,7 @@ def test_a_schedule_cannot_be_saved_and_says_so(ours, save, samples, pack):
         save("diffusion model", model=changed)
 
 
-def test_the_file_says_what_is_in_it(ours, save, checkpoint, patched, small_files, tmp_path):
+def test_the_file_says_what_is_in_it(ours, save, patched):
     files, recipe = ours("lora_ops.files"), ours("lora_ops.recipe")
     ((saved),) = save("diffusion model", model=patched.model)
     metadata = files.read_header(saved.path).metadata
@@ -211,9 +417,6 @@ def test_the_file_says_what_is_in_it(ours, save, checkpoint, patched, small_file
     assert [(each.lora, dict(each.strengths)) for each in found.loras] == [("ink", {"model": 0.7})]
     assert metadata["modelspec.predict_key"] == "epsilon"
     assert metadata["modelspec.architecture"] == "stable-diffusion-v1"
-    ((saved),) = save("CLIP", clip=patched.clip)
-    found = recipe.Recipe.parse(files.read_header(saved.path).metadata["lora_ops.recipe"])
-    assert [dict(each.strengths) for each in found.loras] == [{"clip": 0.7}]
 
 
 def test_metadata_and_flags_of_the_source_are_kept(ours, save, tmp_path, pack):
@@ -325,7 +528,7 @@ def test_numbers_go_on_and_refuse_refuses(ours, save, pack):
         save("diffusion model", model=model, prefix="a/ink", if_exists="refuse")
 
 
-@pytest.mark.parametrize("layout", ["full checkpoint", "diffusion model", "CLIP", "VAE"])
+@pytest.mark.parametrize("layout", ["full checkpoint", "diffusion model", "CLIP", "VAE", SHARDED])
 def test_a_layout_without_its_part_says_what_to_connect(layout, ours, save):
     with pytest.raises(ours("lora_ops.errors").TargetError, match="Connect a"):
         save(layout)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import random
 import shutil
 import subprocess
 import threading
@@ -16,13 +15,19 @@ import pytest
 import torch
 
 from harness import small
-from harness.server import Server, WorkflowError
-from lora_ops.files import read, read_header, read_tensors, write
+from harness.server import WorkflowError
+from lora_ops.files import read, read_header, read_tensors
 from lora_ops.recipe import Recipe
 from tests.host.test_server import STACK, node_of, picture, without_loras
 
 BASE = Path(small.FILES["sd15"][0])  # checkpoints/…
-KILLS = int(os.environ.get("LORA_OPS_KILLS", "1"))  # of a server that is saving
+ASKED = {
+    "filename_prefix": "saved/%CheckpointLoaderSimple.ckpt_name%",
+    "layout": "full checkpoint",
+    **dict.fromkeys(("dtype_model", "dtype_clip", "dtype_vae"), "keep"),
+    "destination": "models",
+    "if_exists": "number",
+}
 
 
 def number_of(prompt: dict, kind: str) -> str:
@@ -33,18 +38,8 @@ def saving(prompt: dict, **inputs) -> dict:
     """The prompt with a Save Checkpoint node of the model as it is sampled."""
     changed = copy.deepcopy(prompt)
     stack, loader = number_of(changed, "LoraOpsStack"), number_of(changed, "CheckpointLoaderSimple")
-    asked = {
-        "model": [stack, 0],
-        "clip": [stack, 1],
-        "vae": [loader, 2],
-        "filename_prefix": "saved/%CheckpointLoaderSimple.ckpt_name%",
-        "layout": "full checkpoint",
-        **dict.fromkeys(("dtype_model", "dtype_clip", "dtype_vae"), "keep"),
-        "destination": "models",
-        "if_exists": "number",
-        **inputs,
-    }
-    return changed | {"save": {"class_type": "LoraOpsSaveCheckpoint", "inputs": asked}}
+    wires = {"model": [stack, 0], "clip": [stack, 1], "vae": [loader, 2]}
+    return changed | {"save": {"class_type": "LoraOpsSaveCheckpoint", "inputs": ASKED | wires | inputs}}
 
 
 def only_saving(prompt: dict, **inputs) -> dict:
@@ -65,7 +60,7 @@ def values(path) -> dict[str, torch.Tensor]:
 
 
 def test_the_saved_checkpoint_paints_the_picture_that_was_sampled(server, example):
-    entry = server.post(saving(example(STACK), **dict.fromkeys(("dtype_model", "dtype_clip", "dtype_vae"), "fp32")))
+    entry = server.post(saving(example(STACK), dtype_model="fp32"))  # as it was sampled; the others are fp16 live, too
     (pixels,) = server.images(entry)
     (file,) = told(entry)["files"]
     assert file["verified"]["ulps"] <= 1 and Path(file["path"]).name == f"{BASE.name}_00001_.safetensors"
@@ -79,11 +74,9 @@ def test_the_saved_checkpoint_paints_the_picture_that_was_sampled(server, exampl
 def test_a_merged_file_holds_what_a_saved_model_holds(server, example):
     """With the model in memory or without: the same recipe, and the same weights but where a product that is computed
     in other blocks of rows falls to the other side of a rounding."""
-    prompt = only_saving(example(STACK), filename_prefix="both/live", destination="output")
-    stack = "<lora:ink_kohya:0.7:0.4>"
-    node_of(prompt, "LoraOpsStack")["inputs"]["stack"] = stack
+    stack, base = "<lora:flux/ink_kohya:0.7:0.4>", Path(small.FILES["flux"][0])
     inputs = {
-        "base": BASE.as_posix(),
+        "base": base.as_posix(),
         "stack": stack,
         "dtype": "keep",
         "filename_prefix": "both/merged",
@@ -91,7 +84,20 @@ def test_a_merged_file_holds_what_a_saved_model_holds(server, example):
         "if_exists": "refuse",
         "min_coverage": 1.0,
     }
-    prompt["merge"] = {"class_type": "LoraOpsMergeFiles", "inputs": inputs}
+    prompt = {
+        "base": {"class_type": "UNETLoader", "inputs": {"unet_name": base.name, "weight_dtype": "default"}},
+        "stack": {
+            "class_type": "LoraOpsStack",
+            "inputs": {"model": ["base", 0], "stack": stack, "min_coverage": 1.0, "mode": "auto"},
+        },
+        "save": {
+            "class_type": "LoraOpsSaveCheckpoint",
+            "inputs": ASKED
+            | {"model": ["stack", 0], "layout": "diffusion model", "filename_prefix": "both/live"}
+            | {"destination": "output"},
+        },
+        "merge": {"class_type": "LoraOpsMergeFiles", "inputs": inputs},
+    }
     entry = server.post(prompt)
     saved, merged = Path(told(entry)["files"][0]["path"]), Path(told(entry, "merge")["path"])
     assert merged == server.base / "output" / "both" / "merged.safetensors"
@@ -103,7 +109,7 @@ def test_a_merged_file_holds_what_a_saved_model_holds(server, example):
             key
         )
     recipes = [Recipe.of_metadata(read_header(path).metadata, path.name) for path in (saved, merged)]
-    assert [dict(each.strengths) for each in recipes[0].loras] == [{"model": 0.7, "clip": 0.4}]
+    assert [dict(each.strengths) for each in recipes[0].loras] == [{"model": 0.7}]
     assert recipes[0] == recipes[1] and recipes[0].loras[0].sha256
 
 
@@ -216,7 +222,7 @@ def test_cancelling_ends_within_a_second_and_leaves_nothing(server, example):
 
     thread = threading.Thread(target=post)
     thread.start()
-    while not (folder.exists() and os.listdir(folder)):
+    while thread.is_alive() and not (folder.exists() and os.listdir(folder)):
         time.sleep(0.01)
     asked = time.monotonic()
     server.request("/interrupt", {})
@@ -224,29 +230,3 @@ def test_cancelling_ends_within_a_second_and_leaves_nothing(server, example):
     ((text, ended),) = failed
     assert "interrupted" in text and ended - asked < 30  # half a second on a machine that does nothing else
     assert os.listdir(folder) == []
-
-
-@pytest.mark.parametrize("kill", range(KILLS))
-def test_a_server_killed_while_saving_leaves_the_whole_file_or_none(kill, comfy_path, small_files, example, tmp_path):
-    rng = random.Random(kill)
-    with Server(comfy_path, tmp_path, models=small_files) as server:
-        prompt = saving(example(STACK), filename_prefix="x", destination="output", if_exists="refuse")
-        prompt = {number: node for number, node in prompt.items() if number != number_of(prompt, "LoraOpsStack")}
-        loader = number_of(prompt, "CheckpointLoaderSimple")
-        prompt = {loader: prompt[loader], "save": prompt["save"]}
-        prompt["save"]["inputs"] |= {"model": [loader, 0], "clip": [loader, 1]}
-        server.json("/prompt", {"prompt": prompt})
-        output = tmp_path / "output"
-        while not any(name.startswith(".x") for name in os.listdir(output)):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 3)
-        server._process.kill()
-        server._process.wait()
-    final = output / "x.safetensors"
-    assert [name for name in os.listdir(output) if name != final.name and not name.startswith(".x")] == []
-    if final.exists():
-        assert len(read_header(final).entries) > 400
-    for orphan in output.glob(".x*"):
-        os.utime(orphan, (0, 0))
-    write(output / "y.safetensors", {}, overwrite=False)  # the next writer sweeps
-    assert not list(output.glob(".x*"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from harness import configs
+from lora_ops import checkpoints
 from lora_ops.dialects import published_map, target_map
 from lora_ops.families import FAMILIES, Shapes, recognise, sd3
 
@@ -136,6 +137,13 @@ def test_every_module_of_diffusers_has_a_place_of_its_shape(name):
     assert not [path for path in modules if prefix + path not in names]
     found = {path: names[prefix + path].target.delta_shape for path in modules}
     assert found == modules
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in checkpoints.WHOLE])
+def test_a_component_has_all_tensors_of_diffusers_and_no_others(name):
+    places = checkpoints.component(FAMILY[CASES[name].family], native(CASES[name])).places
+    wanted = {key: tuple(tensor.shape) for key, tensor in tree(name).state_dict().items()}
+    assert {key: target.delta_shape for key, target in places.items()} == wanted
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.convert])

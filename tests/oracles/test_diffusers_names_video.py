@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from harness import configs
+from lora_ops import checkpoints
 from lora_ops.dialects import published_map, target_map
-from lora_ops.families import FAMILIES, Shapes, recognise
+from lora_ops.families import FAMILIES, Shapes, recognise, under
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
 transformers = pytest.importorskip("transformers", reason="transformers is the oracle of text encoders' names")
@@ -131,10 +132,21 @@ def adapted(model: torch.nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
 
 
 @cache
-def matrices(name: str) -> dict[str, tuple[int, ...]]:
-    case = CASES[name]
+def tree(name: str) -> torch.nn.Module:
     with torch.device("meta"):
-        return adapted(getattr(diffusers, case.cls)(**case.config), case.prefix)
+        return getattr(diffusers, CASES[name].cls)(**CASES[name].config)
+
+
+def matrices(name: str) -> dict[str, tuple[int, ...]]:
+    return adapted(tree(name), CASES[name].prefix)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in checkpoints.WHOLE])
+def test_a_component_has_all_tensors_of_diffusers_and_no_others(name):
+    shapes = under(native(name), "diffusion_model.")
+    places = checkpoints.component(FAMILY[CASES[name].family], shapes).places
+    wanted = {key: tuple(tensor.shape) for key, tensor in tree(name).state_dict().items()}
+    assert {key: target.delta_shape for key, target in places.items()} == wanted
 
 
 @pytest.mark.parametrize("name", CASES)
