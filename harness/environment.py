@@ -41,7 +41,8 @@ def base() -> Layer:
 
 
 def test() -> Layer:
-    return Layer("test", ("pytest", "ruff", "pyright", "hypothesis", "selenium", "diffusers", "lycoris-lora"))
+    tools = ("pytest", "ruff", "pyright", "hypothesis", "selenium")
+    return Layer("test", (*tools, "diffusers", "lycoris-lora", "prodigyopt", "schedulefree", "lion-pytorch"))
 
 
 def host(comfy: Path) -> Layer:
