@@ -92,7 +92,7 @@ def _survives(found: Mapping[str, Any] | None) -> Iterable[str]:
     for worst in found["worst"]:
         yield f"   worst: {shown(worst['weight'])}, cosine {worst['cosine']:.3f}, norm × {worst['norm']:.2f}"
     if found["little"]:
-        yield "   Little does: the rounding is as large as the update. Use mode live, or save in bf16."
+        yield "   Little does: the rounding is as large as the update. Use mode live, or bf16."
 
 
 def _row(row: RowLanding, landing: Landing) -> dict[str, Any]:

@@ -97,4 +97,4 @@ def test_on_an_fp8_model_apply_warns_and_merge_measures(server, example, stored)
         for output in patched["outputs"].values()
         if "lora_ops" in output and "survives" in output["text"][0]
     )
-    assert "Use mode live, or a model in bf16." in text
+    assert "Use mode live, or bf16." in text
