@@ -24,6 +24,7 @@ import torch
 
 from harness.comfy import PACK
 from lora_ops import checkpoints, samples
+from lora_ops.cli import leave_threads
 from lora_ops.dialects import published_map
 from lora_ops.families import FAMILIES
 from lora_ops.files import Lazy, read_header, write
@@ -170,6 +171,7 @@ def _anonymous() -> float:
 
 def _ours(_: Path, base: Path, lora: Path, out: Path) -> Callable[[], None]:
     read_header(base)
+    leave_threads()  # as `python -m lora_ops` does
 
     def run() -> None:
         opened = checkpoints.opened(base)

@@ -37,6 +37,11 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 TOLERANCE = 1e-6  # of the demo's merge against float64, relative to the weight: float32 carries 6e-8
 
 
+def leave_threads() -> None:
+    """Half of torch's threads compute in a process of our own: reading, writing and checking go on at the same time."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done, 1 refused (the reason is on standard error), 130 interrupted."""
     options = _parser().parse_args(arguments)

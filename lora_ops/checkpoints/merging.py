@@ -35,8 +35,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "fp8_e4m3": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-ROWS = 8 << 20  # bytes of float32 that are computed at a time: small enough for memory to be used again, not got anew
-COPIED = 4 << 20  # bytes that are copied at a time
+ROWS = 2 << 20  # bytes of float32 that are computed at a time: small enough for memory to be used again, not got anew
+COPIED = 2 << 20  # bytes that are copied at a time
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 Content = dict[str, tuple[dict[str, Lazy], dict[str, str]]]  # file -> tensors and metadata

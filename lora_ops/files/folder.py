@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import FileError, shown
-from .reading import sha256
+from .reading import checksum
 from .writing import (
     CHUNK,
     Lazy,
@@ -97,8 +97,8 @@ def _written(
         for name, text in texts.items():
             write_synced(temporary / name, [text.encode("utf-8")])
         for name, source in copies.items():
-            digest = write_synced(temporary / name, _chunks(source), more)
-            if sha256(temporary / name, more) != digest:
+            written = write_synced(temporary / name, _chunks(source), more)
+            if checksum(temporary / name, more) != written:
                 raise FileError("reads back differently from what was written.", file=final, remedy="Check the disk.")
         for name, content in contents.items():
             write_laid(temporary / name, content, final / name, more)

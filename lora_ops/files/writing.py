@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedWriter
 from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
@@ -26,12 +24,12 @@ from torch import Tensor
 
 from ..errors import FileError, shown
 from .format import DTYPE_NAMES, MIB
-from .reading import is_finite, read_header, reason, sha256
+from .reading import Checksum, checksum, is_finite, read_header, reason
 
 ORPHAN_AGE = 86_400.0  # seconds after which a temporary file of a killed writer is removed
 TEMPORARY = ".lora_ops_tmp"
 CHUNK = 16 * MIB  # bytes at a time, from one call of progress to the next
-AHEAD = 2  # chunks that are being written and hashed while the next one is made
+AHEAD = 2  # chunks that are being written and summed up while the next one is made
 UNSYNCED = 128 * MIB  # bytes that may wait for the disk
 
 
@@ -214,8 +212,8 @@ def _lazy(tensor: Tensor | Lazy) -> Lazy:
 def write_laid(temporary: Path, content: Laid, final: Path, more: Callable[[int], None]) -> None:
     """Write a file, wait until it is on the disk, and read it back. Errors are told of the final one."""
     chunks = (chunk for name, tensor in content.tensors.items() for chunk in _bytes(name, tensor, final))
-    digest = write_synced(temporary, chain([content.head], chunks), more)
-    _compare(temporary, digest, content, final, more)
+    written = write_synced(temporary, chain([content.head], chunks), more)
+    _compare(temporary, written, content, final, more)
 
 
 def _bytes(name: str, tensor: Lazy, path: Path) -> Iterator[memoryview]:
@@ -246,51 +244,58 @@ def _unlike(name: str, tensor: Lazy, path: Path, what: str) -> FileError:
     return FileError(expected, file=path, tensor=name, remedy="Nothing was changed.")
 
 
-def write_synced(path: Path, chunks: Iterable[bytes | memoryview], more: Callable[[int], None] | None = None) -> str:
-    """Write a new file and wait until it is on the disk; returns its SHA-256.
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview], more: Callable[[int], None] | None = None) -> int:
+    """Write a new file and wait until it is on the disk; returns its checksum.
 
-    While a chunk is written and hashed, each in a thread, the next one is made here, where an interrupt is seen. The
-    disk is made to keep up all along: waiting for gigabytes at the end could not be interrupted.
+    While a chunk is written and summed up, each in a thread, the next one is made here, where an interrupt is seen. The
+    disk is made to keep up all along, in a thread too: waiting for gigabytes at the end could not be interrupted.
     """
-    digest = hashlib.sha256()
+    found = Checksum()
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
-    behind: deque[tuple[Future[None], Future[None], int]] = deque()
+    behind: deque[tuple[Future[int], Future[None], int]] = deque()
 
     def settle() -> None:
-        written, hashed, size = behind.popleft()
+        written, summed, size = behind.popleft()
         written.result()
-        hashed.result()
+        summed.result()
         if more:
             more(size)
 
-    with open(descriptor, "wb") as file, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(1) as hasher:
-        unsynced = 0
+    with (
+        open(descriptor, "wb") as file,
+        ThreadPoolExecutor(1) as writer,
+        ThreadPoolExecutor(1) as summer,
+        ThreadPoolExecutor(1) as syncer,
+    ):
+        unsynced, synced = 0, None
         for chunk in chunks:
+            behind.append((writer.submit(file.write, chunk), summer.submit(found.update, chunk), len(chunk)))
             unsynced += len(chunk)
-            written = writer.submit(_put, file, chunk, sync=unsynced > UNSYNCED)
-            behind.append((written, hasher.submit(digest.update, chunk), len(chunk)))
-            unsynced = 0 if unsynced > UNSYNCED else unsynced
             if len(behind) > AHEAD:
                 settle()
+            if unsynced > UNSYNCED:
+                if synced:
+                    synced.result()
+                unsynced, synced = 0, syncer.submit(_sync_data, descriptor)
         while behind:
             settle()
+        if synced:
+            synced.result()
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):  # so that the comparison reads the disk, not this write's cache
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return digest.hexdigest()
+    return found.value
 
 
-def _put(file: BufferedWriter, chunk: bytes | memoryview, *, sync: bool) -> None:
-    file.write(chunk)
-    if sync and hasattr(os, "fdatasync"):
-        file.flush()
-        os.fdatasync(file.fileno())
+def _sync_data(descriptor: int) -> None:
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
 
 
-def _compare(temporary: Path, digest: str, content: Laid, path: Path, more: Callable[[int], None]) -> None:
+def _compare(temporary: Path, written: int, content: Laid, path: Path, more: Callable[[int], None]) -> None:
     different = FileError("reads back differently from what was written.", file=path, remedy="Check the disk.")
-    if sha256(temporary, more) != digest:
+    if checksum(temporary, more) != written:
         raise different
     try:
         header = read_header(temporary)

@@ -161,11 +161,11 @@ def test_a_named_pipe_does_not_stop_the_reader(tmp_path):
 
 
 def test_a_file_larger_than_memory_is_refused_by_its_size(tmp_path, monkeypatch):
-    def no_room(size):
+    def no_room(*_):
         raise MemoryError
 
     path = placed(tmp_path, corpus.WHOLE)
-    monkeypatch.setattr(reading, "bytearray", no_room, raising=False)
+    monkeypatch.setattr(reading.np, "empty", no_room)
     with pytest.raises(FileError, match="needs 56 bytes of memory"):
         files.read(path)
 
