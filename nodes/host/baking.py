@@ -19,6 +19,7 @@ from ...lora_ops.errors import ShapeError, TargetError
 from . import live, storing
 from .inspecting import others
 from .patching import LandedPatch
+from .tree import Base
 
 HOSTS = ("manual_cast_dtype (dtype)",)  # by which the host itself sets the dtype that a CLIP computes in
 CHUNK = 64 << 20  # bytes of an unchanged weight that are cast at a time
@@ -140,19 +141,26 @@ def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dic
         for key, pieces in attached.pieces.items():
             patch = LandedPatch.of(pieces, attached.rows)
             patches[key] = (*patches.get(key, ()), (1.0, patch, 1.0, None, None))
-    quantised: dict[str, Quantised] = {}
+    base, quantised = Base.of(patcher), dict[str, Quantised]()
+
+    def unpatched(key: str, tensor: Tensor) -> Tensor:
+        held = base.held(key)
+        return (tensor if held is None else held).detach()
+
     for name, module in patcher.model.named_modules():
         key, weight = f"{name}.weight", getattr(module, "weight", None)
         if isinstance(weight, QuantizedTensor) and key.startswith(prefix):
-            base = _unpatched(patcher, key, cast(Tensor, weight))
-            quantised[key] = Quantised(key, base, patches.get(key, ()), patcher.load_device, patcher.model)
+            there = patches.get(key, ())
+            quantised[key] = Quantised(
+                key, unpatched(key, cast(Tensor, weight)), there, patcher.load_device, patcher.model
+            )
     found: dict[str, Weight] = {}
     for key, tensor in patcher.model_state_dict(prefix or None).items():
         there = () if key in quantised else patches.get(key, ())
         if there:
             tensor = get_key_weight(patcher.model, key)[0]
             _require_rule(type(tensor) in storing.PLAIN, key, tensor)
-        found[key] = Weight(key, _unpatched(patcher, key, tensor), there, patcher.load_device)
+        found[key] = Weight(key, unpatched(key, tensor), there, patcher.load_device)
     for key, weight in quantised.items():
         _require_rule(not weight.patches or get_key_weight(patcher.model, key)[1] is not None, key, weight.base)
         if dequantised:
@@ -180,15 +188,6 @@ def _with_floats(found: Mapping[str, Weight], weight: Quantised) -> dict[str, We
         raise TargetError(what, module=weight.key, remedy="Choose dtype keep.")
     gone = {*weight.tensors, f"{module}comfy_quant", f"{module}input_scale"}
     return {**{key: each for key, each in found.items() if key not in gone}, weight.key: weight}
-
-
-def _unpatched(patcher: Any, key: str, tensor: Tensor) -> Tensor:
-    """What the host holds back for a weight that it has patched in place, else the weight."""
-    if key in patcher.hook_backup:
-        return patcher.hook_backup[key][0].detach()
-    if key in patcher.backup:
-        return patcher.backup[key].weight.detach()
-    return patcher.backup_buffers.get(key, tensor).detach()
 
 
 def unbaked(patcher: Any) -> list[str]:

@@ -63,10 +63,8 @@ def stored(model: Any, key: str, weight: Tensor, pieces: Sequence[Piece], device
 
 def floats(model: Any, key: str, weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """The values of a weight of a model, in memory of their own."""
-    cast, convert = (
-        comfy.model_management.cast_to_device(weight, device, dtype, copy=True),
-        get_key_weight(model, key)[2],
-    )
+    cast = comfy.model_management.cast_to_device(weight, device, dtype, copy=True)
+    convert = get_key_weight(model, key)[2]
     return cast if convert is None else convert(cast, inplace=True)
 
 

@@ -42,11 +42,17 @@ class Base(NamedTuple):
 
     def weight(self, key: str) -> Tensor:
         """A weight without any patch."""
+        held = self.held(key)
+        return comfy.utils.get_attr(self.model, key) if held is None else held
+
+    def held(self, key: str) -> Tensor | None:
+        """What the host holds back for a weight or buffer that it has changed in place. What it holds back for hooks
+        has the patches already."""
         if key in self.backup:
             return self.backup[key].weight
         if key in self.hook_backup:
             return self.hook_backup[key][0]
-        return comfy.utils.get_attr(self.model, key)
+        return self.backup_buffers.get(key)
 
     def copied(self, *, alone: bool = False) -> nn.Module:
         """The unpatched model as a tree of its own: other modules and Parameters over the same weights, or over copies

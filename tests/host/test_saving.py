@@ -511,6 +511,25 @@ def test_cancelling_leaves_nothing(save, output, pack):
         assert os.listdir(output) == []
 
 
+def test_a_model_is_saved_as_it_is_without_the_hooks_that_run(save, samples, apply, pack):
+    """While a hook is in, the host holds back weights that have their patches already."""
+    import comfy.hooks
+    import comfy.model_management
+
+    model = inside.model("flux")
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    wanted = live(changed)
+    hooks = comfy.hooks.create_hook_lora(dict(samples(model, 0, seed=2)), 0.5, 0)
+    comfy.model_management.load_models_gpu([changed])
+    changed.register_all_hook_patches(hooks, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    changed.patch_hooks(hooks)
+    assert changed.backup.keys() & changed.hook_backup.keys()
+    ((saved),) = save("diffusion model", model=changed)
+    changed.patch_hooks(None)
+    changed.clean_hooks()
+    assert differing(reloaded("flux", saved.path, torch.float32).model.state_dict(), wanted) == []
+
+
 def test_progress_ends_at_its_total(save, pack):
     heard = []
     save("diffusion model", model=inside.model("flux"), progress=lambda *each: heard.append(each))

@@ -11,6 +11,7 @@ from lora_ops.errors import TrainingError
 from lora_ops.train.objectives import Objective, coefficients, losses, noise_of, noisy, target, weights
 from lora_ops.train.randomness import generator
 from lora_ops.train.timesteps import RECOMMENDED, ByResolution, Timesteps
+from tests.lora_ops.train import small
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
 
@@ -42,16 +43,7 @@ class Variance:
         raise AssertionError("a table has no percent")
 
 
-class Flow:
-    sigmas = torch.arange(1, 1001) / 1000
-
-    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
-        sigma = sigma.reshape(-1, 1, 1, 1)
-        return sigma * noise + (1 - sigma) * latent_image
-
-    def calculate_denoised(self, sigma, model_output, model_input):
-        return model_input - model_output * sigma.reshape(-1, 1, 1, 1)
-
+class Flow(small.Flow):
     def percent_to_sigma(self, percent):
         moment = 1 - percent
         return 3 * moment / (1 + 2 * moment)
