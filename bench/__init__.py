@@ -1,1 +1,1 @@
-"""Side-by-side measurements, each contestant in a child process: `python -m bench apply`, `python -m bench train`."""
+"""Side-by-side measurements, each contestant in a child process: `python -m bench apply`, `merge` and `train`."""

@@ -1,4 +1,4 @@
-"""`python -m bench apply [ARGUMENTS]`: finds ComfyUI and measures in a child process, whose path is ComfyUI's."""
+"""`python -m bench {apply,merge,train} [ARGUMENTS]`: finds ComfyUI and measures in a child process."""
 
 from __future__ import annotations
 

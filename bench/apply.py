@@ -21,8 +21,10 @@ from typing import Any
 
 import torch
 
-from harness import comfy, inside
+from harness import inside
 from harness.server import MOUNT
+
+from .report import machine, write
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 TARGETS = re.compile(r"(attn\d?\.to_\w+(\.0)?|ff\.net\.\d(\.proj)?|_attn\.(qkv|proj)|_mlp\.\d|linear[12])\.weight$")
@@ -47,18 +49,11 @@ def main() -> None:
     inside.mount(asked.comfy, cuda=torch.cuda.is_available())
     rows = list(_rows(asked))
     about = {
-        "host": comfy.version(asked.comfy),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        **machine(asked.comfy),
         "family": asked.family + (" (small)" if asked.small else ""),
         "repeat": asked.repeat,
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "bench-apply.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1), encoding="utf-8")
-    (asked.out / "bench-apply.md").write_text(_markdown(about, rows), encoding="utf-8")
-    print(f"wrote {asked.out / 'bench-apply.md'} and .json")
+    write(asked.out, "bench-apply", about, rows, _markdown(about, rows))
 
 
 def _rows(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:

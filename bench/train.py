@@ -24,9 +24,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from harness import comfy, inside
+from harness import inside
 from harness.comfy import PACK
 from harness.server import MOUNT
+
+from .report import machine, write
 
 CONTESTANTS = ("peft", "peft, checkpointing", "hand", "ours", "ours, checkpointing", "host")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
@@ -57,20 +59,13 @@ def main() -> None:
             rows.append({"dtype": dtype, "contestant": contestant, **found})
             print(json.dumps(rows[-1]), flush=True)
     about = {
-        "host": comfy.version(asked.comfy),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"CPU, {torch.get_num_threads()} threads",
+        **machine(asked.comfy),
         "model": "sd15" + (" (small)" if asked.small else ""),
         "rank": asked.rank,
         "latent": asked.latent,
         "steps": asked.steps,
     }
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "bench-train.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1), encoding="utf-8")
-    (asked.out / "bench-train.md").write_text(_markdown(about, rows), encoding="utf-8")
-    print(f"wrote {asked.out / 'bench-train.md'} and .json")
+    write(asked.out, "bench-train", about, rows, _markdown(about, rows))
 
 
 def _measured(asked: argparse.Namespace, contestant: str, dtype: str) -> dict[str, Any]:

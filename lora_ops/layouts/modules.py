@@ -80,7 +80,10 @@ def _require_landed(landing: Landing, family: Family) -> None:
     for module, reason, _ in row.refused:
         what = f"has no place in {family.title}: {shown(reason)}."
         raise TargetError(
-            what, module=module, remedy="Name the family or the model it was made for.", family=family.name
+            what,
+            module=module,
+            remedy="Name the family or the model it was made for, or connect it.",
+            family=family.name,
         )
     for part, (module, *_) in row.unconnected.items():
         what = f"is for the {part}, of which no shapes are given."
