@@ -218,6 +218,22 @@ def test_a_cache_that_cannot_be_written_is_told_and_all_goes_on(run, loaded, pla
     assert "the cache cannot be written" in note and str(place.cache) in note and note in found.text
 
 
+def test_a_read_only_cache_is_still_read(run, loaded, place, ours, monkeypatch):
+    run(vae=loaded.vae, clip=loaded.clip)
+    noise(WIDE, 9).save(place.zorps / "0.png")
+    noise(TALL, 9).save(place.zorps / "1.png")
+    tried = []
+
+    def refused(path, *_, **__):
+        tried.append(path)
+        raise ours("lora_ops.errors").FileError("cannot be written: Read-only file system.", file=path)
+
+    monkeypatch.setattr(ours("nodes.host.shelf"), "write", refused)
+    found = run(vae=loaded.vae, clip=loaded.clip)
+    assert found.report["kept"] == {"latents": [2, 4], "texts": [5, 5]} and len(tried) == 1
+    assert "Read-only file system" in found.text
+
+
 def test_a_damaged_file_of_the_cache_is_made_again(run, loaded, place, silent):
     made = run(vae=loaded.vae, clip=loaded.clip)
     files = sorted(place.cache.rglob("*.safetensors"))
