@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .errors import AdapterError
 
-IN_CACHE = 1 << 15  # numbers of a factor that are widened at a time: new memory for all of them would cost more than that
+IN_CACHE = 1 << 15  # numbers of a factor that are widened at a time: memory for all of them would cost more than that
 
 
 def product(up: Tensor, down: Tensor) -> Tensor:
