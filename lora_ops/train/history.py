@@ -38,10 +38,10 @@ class Save(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The pictures of a step: samples/<step>_0.png, …, made at a time in milliseconds."""
+    """How many pictures a step has: samples/<step>_0.png, …, made at a time in milliseconds."""
 
     step: int
-    count: int
+    pictures: int
     at: int
 
 
