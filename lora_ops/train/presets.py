@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..errors import TrainingError, shown
-from ..families import FAMILIES, Family
-from .objectives import Sampling, coefficients
-from .timesteps import RECOMMENDED, Timesteps
+from ..families import FAMILIES
+from .timesteps import Timesteps
 
 AUTO = "auto"
 
