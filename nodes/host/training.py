@@ -266,6 +266,7 @@ class Model:
 
         return plan.begin(where, self.weight, directions)
 
+    @torch.inference_mode(False)
     def learn(
         self,
         plan: Plan,
