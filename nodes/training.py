@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
+from ..lora_ops.train.folder import Folder
+from ..lora_ops.train.settings import Settings
+from ..lora_ops.train.telling import rehearsed, trained
 from .host.api import io
+from .host.course import Course, Wires
+from .host.destinations import destination
+from .host.graph import nothing, upstream
+from .host.runs import workflow_of
+from .host.sitting import Sitting
+from .sockets import LoraModel
 from .training_inputs import inputs
-from .widgets import LoraModelType, LossMapType
+from .widgets import LoraModelType, LossMapType, told
 
 
 class LoraOpsTrain(io.ComfyNode):
@@ -32,7 +43,42 @@ class LoraOpsTrain(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs):
-        raise NotImplementedError
+        hidden, given = cls.hidden, {name: _value(each) for name, each in inputs.items()}
+        settings = Settings(**{name: each for name, each in given.items() if name in Settings.__dataclass_fields__})
+        wires = Wires(
+            given["model"],
+            given["dataset"],
+            given.get("clip"),
+            given.get("vae"),
+            inputs.get("sample_positive", ()),
+            inputs.get("sample_negative", ()),
+        )
+        to = destination("output", "", f"lora_ops/{given['name']}", hidden.prompt)
+        course = Course(settings, wires)
+        if settings.dry_run:
+            data = course.rehearsed()
+            text = rehearsed(data, settings.steps)
+            return io.NodeOutput(*(nothing() for _ in range(4)), json.dumps(data), ui=told(data, text))
+        recipe = {"version": 1, "node": hidden.unique_id, "prompt": upstream(hidden.prompt, hidden.unique_id)}
+        sitting = Sitting(course, Folder(to.path("")), hidden.unique_id, recipe)
+        found = sitting.outcome(workflow_of(hidden.extra_pnginfo))
+        samples = nothing("No samples were drawn: set sample_every.") if found.samples is None else found.samples
+        return io.NodeOutput(
+            LoraModel(found.file, found.lora),
+            found.model,
+            found.loss_map,
+            samples,
+            json.dumps(found.data, ensure_ascii=False),
+            ui=told(found.data, trained(found.data)),
+        )
+
+
+def _value(given):
+    """One input of a node that takes lists: its value, or of a choice the key and the options."""
+    if isinstance(given, dict):
+        (key, *_), *options = given.values()
+        return {"key": key, **{name: each[0] for name, each in zip(list(given)[1:], options, strict=True)}}
+    return given[0]
 
 
 class LoraOpsLossPlot(io.ComfyNode):

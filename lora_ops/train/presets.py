@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..families import FAMILIES
-from .timesteps import Timesteps
+from ..errors import TrainingError, shown
+from ..families import FAMILIES, UNKNOWN, Family
+from .objectives import Sampling, coefficients
+from .timesteps import Timesteps, recommended
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """weighting is min_snr or constant; guidance is what a distilled model is told while it trains. cfg and scheduler
-    are those its pictures are drawn with."""
+    """weighting is constant, or min_snr where noise is added (a flow model of the family gets constant); guidance is
+    what a distilled model is told while it trains. cfg and scheduler are those its pictures are drawn with."""
 
     weighting: str = "constant"
     guidance: float | None = None
@@ -52,9 +54,41 @@ NAMES = (AUTO, *(family.title for family in FAMILIES if family.name in PRESETS))
 
 @dataclass(frozen=True)
 class Chosen:
-    """A preset on a model: its family's name and title as well."""
+    """What auto means for a model of a family. guidance is None where the model is told none."""
 
-    family: str
     title: str
-    preset: Preset
+    weighting: str
     timesteps: Timesteps
+    guidance: float | None
+    cfg: float
+    scheduler: str
+
+
+def choose(asked: str, family: Family, sampling: Sampling, *, guided: bool) -> Chosen:
+    """The preset that was asked for, on a model of a family with its own sampling; guided: it is told a guidance.
+
+    Raises TrainingError for another family's preset, and for a family that is known and not trained.
+    """
+    if family is not UNKNOWN and family.name not in PRESETS:
+        what = f"{family.title} is not trained by this version."
+        raise TrainingError(what, remedy=f"It trains {', '.join(NAMES[1:])}.", family=family.name)
+    if asked not in NAMES:
+        raise TrainingError(f"'{shown(asked)}' is no preset.", remedy=f"Choose one of {', '.join(NAMES)}.")
+    named = family if asked == AUTO else next(each for each in FAMILIES if each.title == asked)
+    if family not in (UNKNOWN, named):
+        what = f"The preset is for {named.title}; the model is {family.title}."
+        raise TrainingError(what, remedy=f"Choose the preset auto or {family.title}.", found=family.name)
+    flows = _flows(sampling)
+    preset = PRESETS.get(named.name, Preset() if flows else _NOISE)
+    return Chosen(
+        named.title,
+        "constant" if flows else preset.weighting,
+        recommended(named.name, sampling),
+        preset.guidance if guided else None,
+        preset.cfg,
+        preset.scheduler,
+    )
+
+
+def _flows(sampling: Sampling) -> bool:
+    return coefficients(sampling, sampling.sigmas[len(sampling.sigmas) // 2][None]).interpolates
