@@ -18,9 +18,7 @@ def figures(name: str, plan: Plan, dataset: Dataset, step: int, began: float, en
     images = sum(each.repeats for each in pictures)
     behind = sum(each.repeats for each in dataset.pictures if each.regularisation)
     seen, descent, objective = plan.batch * plan.accumulate, plan.descent, plan.objective
-    options = ",".join(
-        f"{key}={value}" for key, value in ({"weight_decay": descent.weight_decay} | dict(descent.options)).items()
-    )
+    options = {"weight_decay": descent.weight_decay, **descent.options}
     found = {
         "ss_output_name": name,
         "ss_training_started_at": str(began),

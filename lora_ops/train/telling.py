@@ -24,12 +24,11 @@ def trained(data: Mapping[str, Any]) -> str:
 
 def rehearsed(data: Mapping[str, Any], steps: int) -> str:
     """Of a Course's rehearsal."""
-    needed = data["activations"] + data["parameters"]
+    pictures, learned = data["activations"] / 1e9, data["parameters"] / 1e9
     lines = [
         f"A step takes {data['seconds']:.2f} s: {steps} steps take {clock(data['seconds'] * steps)}",
-        f"   beside the model {needed / 1e9:.2f} GB are needed, {data['free'] / 1e9:.2f} GB are free",
-        f"   of them {data['activations'] / 1e9:.2f} GB for the pictures and {data['parameters'] / 1e9:.2f} GB for what "
-        "is learned",
+        f"   beside the model {pictures + learned:.2f} GB are needed, {data['free'] / 1e9:.2f} GB are free",
+        f"   {pictures:.2f} GB for the pictures, {learned:.2f} GB for what is learned",
     ]
     return "\n".join(lines)
 
