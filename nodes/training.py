@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 from ..lora_ops.train.folder import Folder
+from ..lora_ops.train.plotting import Curves, plot
 from ..lora_ops.train.settings import Settings
 from ..lora_ops.train.telling import rehearsed, trained
 from .host.api import io
 from .host.course import Course, Wires
 from .host.destinations import destination
 from .host.graph import nothing, upstream
+from .host.previews import tensor_of
 from .host.runs import workflow_of
 from .host.sitting import Sitting
 from .sockets import LoraModel
@@ -105,4 +107,4 @@ class LoraOpsLossPlot(io.ComfyNode):
 
     @classmethod
     def execute(cls, loss_map, width, height, log_scale):
-        raise NotImplementedError
+        return io.NodeOutput(tensor_of([plot(Curves.of(loss_map), width, height, log_scale=log_scale)]))
