@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 
-from ..lora_ops.train.folder import Folder
+from ..lora_ops.train.keeping import Folder
+from ..lora_ops.train.outcomes import rehearsed, trained
 from ..lora_ops.train.plotting import Curves, plot
 from ..lora_ops.train.settings import Settings
-from ..lora_ops.train.telling import rehearsed, trained
 from .host.api import io
 from .host.course import Course, Wires
 from .host.destinations import destination

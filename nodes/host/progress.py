@@ -13,7 +13,7 @@ from server import PromptServer
 from tqdm import tqdm
 
 from ...lora_ops.train.loop import Progress
-from ...lora_ops.train.telling import clock
+from ...lora_ops.train.outcomes import clock
 
 EVERY = 0.3  # seconds between two texts on the node
 

@@ -23,7 +23,7 @@ from ...lora_ops.lora import Lora, from_file, read_file
 from ...lora_ops.stack import Entry
 from ...lora_ops.train import history
 from ...lora_ops.train.figures import figures
-from ...lora_ops.train.folder import Folder
+from ...lora_ops.train.keeping import Folder
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate, out_of_memory
 from . import caches, names, patching, runs

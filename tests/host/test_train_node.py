@@ -22,7 +22,7 @@ def parts(ours):
 
     class Modules:
         course, sitting, runs = ours("nodes.host.course"), ours("nodes.host.sitting"), ours("nodes.host.runs")
-        settings, folder = ours("lora_ops.train.settings"), ours("lora_ops.train.folder")
+        settings, folder = ours("lora_ops.train.settings"), ours("lora_ops.train.keeping")
         dataset, errors, nodes = ours("lora_ops.train.dataset"), ours("lora_ops.errors"), ours("nodes.training")
         training, patching = ours("nodes.host.training"), ours("nodes.host.patching")
 

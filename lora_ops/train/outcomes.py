@@ -1,4 +1,4 @@
-"""Telling: what a run did, or would need, for a person."""
+"""Outcomes: what a run did, or would need, for a person."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folder: where a run keeps its state, its LoRAs and what made it, and how an earlier one is kept."""
+"""Keeping: where a run keeps its state, its LoRAs and what made it, and how an earlier one is kept."""
 
 from __future__ import annotations
 
