@@ -12,6 +12,7 @@ from .patching import LoraOpsApply
 from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
+from .training import LoraOpsLossPlot, LoraOpsTrain
 
 NODES = (
     LoraOpsLoad,
@@ -25,6 +26,8 @@ NODES = (
     LoraOpsSaveCheckpoint,
     LoraOpsSaveLora,
     LoraOpsMergeFiles,
+    LoraOpsTrain,
+    LoraOpsLossPlot,
 )
 
 
