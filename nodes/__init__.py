@@ -13,6 +13,7 @@ from .patching import LoraOpsApply
 from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
+from .training import LoraOpsLossPlot, LoraOpsTrain
 
 NODES = (
     LoraOpsLoad,
@@ -27,6 +28,8 @@ NODES = (
     LoraOpsSaveLora,
     LoraOpsMergeFiles,
     LoraOpsDataset,
+    LoraOpsTrain,
+    LoraOpsLossPlot,
 )
 
 

@@ -200,6 +200,25 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
             ],
             [("LORA_DATASET", "dataset"), ("IMAGE", "preview"), ("STRING", "report")],
         ),
+        "LoraOpsTrain": (
+            [
+                *("model", "dataset", "clip", "vae", "sample_positive", "sample_negative"),
+                *("preset", "name", "steps", "batch", "accumulation", "learning_rate", "rank", "alpha"),
+                *("targets", "adapter", "optimizer", "schedule", "objective", "loss", "timesteps", "text_encoder"),
+                *("sample_prompts", "sample_every", "save_every", "resume", "seed"),
+                *("sample_width", "sample_height", "sample_steps", "sample_cfg", "sample_sampler"),
+                *("sample_scheduler", "sample_seed", "precision", "checkpointing", "ema", "dropout"),
+                *("clip_norm", "noise_offset", "guidance", "masked", "validate_every", "dry_run"),
+            ],
+            [
+                ("LORA_MODEL", "lora"),
+                ("MODEL", "MODEL"),
+                ("LOSS_MAP", "loss_map"),
+                ("IMAGE", "samples"),
+                ("STRING", "report"),
+            ],
+        ),
+        "LoraOpsLossPlot": (["loss_map", "width", "height", "log_scale"], [("IMAGE", "plot")]),
     }
 
 
