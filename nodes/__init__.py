@@ -4,6 +4,7 @@ A node's id and the order of its inputs are frozen once released: workflows stor
 appended; a changed meaning is a new node.
 """
 
+from .dataset import LoraOpsDataset
 from .host.api import ComfyExtension
 from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
@@ -26,6 +27,7 @@ NODES = (
     LoraOpsSaveCheckpoint,
     LoraOpsSaveLora,
     LoraOpsMergeFiles,
+    LoraOpsDataset,
     LoraOpsTrain,
     LoraOpsLossPlot,
 )

@@ -15,16 +15,17 @@ from tqdm import tqdm
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.outcomes import clock
 
+BYTES = "GB"
 EVERY = 0.3  # seconds between two texts on the node
 
 
 class Meter:
-    """Hears (bytes done, bytes in all). Raises the host's interrupt as soon as it is asked for."""
+    """Hears (bytes done, bytes in all), or of another unit. Raises the host's interrupt as soon as it is asked for."""
 
-    def __init__(self, node_id: Any, what: str) -> None:
-        self._node_id, self._what = node_id, what
+    def __init__(self, node_id: Any, what: str, unit: str = BYTES) -> None:
+        self._node_id, self._what, self._unit = node_id, what, unit
         self._bar = comfy.utils.ProgressBar(1, node_id=node_id)
-        self._line = tqdm(desc=what, unit="B", unit_scale=True, leave=True)
+        self._line = tqdm(desc=what, unit="B" if unit == BYTES else f" {unit}", unit_scale=unit == BYTES, leave=True)
         self._start, self._shown = time.monotonic(), 0.0
 
     def __call__(self, done: int, total: int) -> None:
@@ -36,7 +37,8 @@ class Meter:
         if now - self._shown >= EVERY:
             self._shown = now
             left = (now - self._start) * (total - done) / max(done, 1)
-            show(self._node_id, f"{self._what}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {left:.0f} s left")
+            far = f"{done / 1e9:.2f} of {total / 1e9:.2f}" if self._unit == BYTES else f"{done} of {total}"
+            show(self._node_id, f"{self._what}: {far} {self._unit}, {left:.0f} s left")
 
     def __enter__(self) -> Meter:
         return self
@@ -50,16 +52,15 @@ class Meter:
 class Steps:
     """Hears of each step of a training."""
 
-    def __init__(self, node_id: Any, name: str, steps: int, speed: Callable[[], float | None]) -> None:
-        """speed: steps a second, of late."""
+    def __init__(self, node_id: Any, name: str, first: int, steps: int, speed: Callable[[], float | None]) -> None:
+        """first: the step that it goes on from; speed: steps a second, of late."""
         self._node_id, self._speed = node_id, speed
         self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
-        self._line = tqdm(desc=name, total=steps, unit="step", leave=True)
+        self._line = tqdm(desc=name, total=steps, initial=first, unit="step", leave=True)
         self._shown = 0.0
 
     def __call__(self, done: Progress) -> None:
         self._bar.update_absolute(done.step, done.steps)
-        self._line.n = self._line.initial = done.step if self._line.n == 0 else self._line.n
         self._line.update(done.step - self._line.n)
         self._line.set_postfix_str(f"loss {done.smoothed:.4g}, {done.memory / 1e9:.1f} GB", refresh=False)
         now = time.monotonic()

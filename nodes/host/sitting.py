@@ -67,7 +67,9 @@ class Sitting:
         self.from_step = self.step = self.run.history.step if self.folder.begun() else 0
         try:
             self.folder.tell(self.recipe)
-            with Steps(self.node_id, self.name, settings.steps, lambda: self.run.history.speed) as self.shown:
+            with Steps(
+                self.node_id, self.name, self.step, settings.steps, lambda: self.run.history.speed
+            ) as self.shown:
                 lora = course.model.learn(
                     course.plan,
                     course.items,

@@ -191,6 +191,15 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
             ],
             [("STRING", "path"), ("STRING", "receipt")],
         ),
+        "LoraOpsDataset": (
+            [
+                *("folder", "images", "captions", "masks", "latents", "conditioning", "vae", "clip", "resolution"),
+                *("trigger_word", "repeats", "mirror", "mask_from", "unmasked_weight", "tag_orders", "keep_tags"),
+                *("caption_dropout", "regularisation", "regularisation_weight", "validation", "aspect_buckets"),
+                *("bucket_step", "enlarge", "cache"),
+            ],
+            [("LORA_DATASET", "dataset"), ("IMAGE", "preview"), ("STRING", "report")],
+        ),
         "LoraOpsTrain": (
             [
                 *("model", "dataset", "clip", "vae", "sample_positive", "sample_negative"),
