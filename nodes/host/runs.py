@@ -112,7 +112,8 @@ class Run:
         self._asked: dict[str, bool] = {}  # what a page wants -> whether the node has heard it
         self._went_on = history.step > 0  # whether the next step says from where
         self._told = history.step  # the last step that the pages have heard of
-        self._at = 0.0
+        self._at = -EVERY
+        self._due = False  # whether the pages will be told soon
         self._lock = Lock()
 
     def doing(self, what: str) -> None:
@@ -132,8 +133,12 @@ class Run:
                 self._told = min(self._told, progress.step - 1)
             self._doing = ""
             self._asked = {want: heard for want, heard in self._asked.items() if not heard or want == "finish"}
-        if time.monotonic() - self._at >= EVERY or progress.step == progress.steps or progress.validation is not None:
+            soon = self._at + EVERY - time.monotonic()
+        if soon <= 0:
             self._tell()
+        elif not self._due and (server := getattr(PromptServer, "instance", None)):
+            self._due = True  # or a page would wait for these steps until the next one is done
+            server.loop.call_soon_threadsafe(server.loop.call_later, soon, self._tell)
 
     def saved(self, step: int, path: Path, best: bool) -> None:
         """A file of this step is in path."""
@@ -217,6 +222,7 @@ class Run:
             "note": self.note,
             "trouble": self.trouble,
             "began": history.began,
+            "at": time.time(),
             "step": history.step,
             "steps": history.steps,
             "speed": speed,
@@ -254,7 +260,7 @@ class Run:
         """Tells the pages what they have not heard yet."""
         with self._lock:
             news = self._told_since(self._told)
-            self._told, self._at = self.history.step, time.monotonic()
+            self._told, self._at, self._due = self.history.step, time.monotonic(), False
         server = getattr(PromptServer, "instance", None)
         if server is not None:
             server.send_sync(EVENT, news)
