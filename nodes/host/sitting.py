@@ -103,6 +103,9 @@ class Sitting:
         ending = before.ending
         return bool(ending and ending.how == "finished" and before.steps == self.settings.steps and self.folder.begun())
 
+    def _speed(self) -> float | None:
+        return self.run.history.speed
+
     def _start(self) -> Lora | None:
         if self.settings.resume["key"] != "lora":
             return None

@@ -44,25 +44,15 @@ def conditioning(width=768, pooled=0, seed=0):
 
 def dataset(parts, shape=(4, 8, 8), width=768, pooled=0, pictures=2, held_out=0):
     def picture(number):
-        condition = conditioning(width, pooled, number)
-        return parts.dataset.Picture(
-            f"{number}.png", (noise(*shape, seed=number),), (condition,), captions=("ink, red",)
-        )
+        latent, condition = noise(*shape, seed=number), conditioning(width, pooled, number)
+        return parts.dataset.Picture(f"{number}.png", (latent,), (condition,), captions=("ink, red",), size=(64, 64))
 
     every = [picture(number) for number in range(pictures + held_out)]
     return parts.dataset.Dataset(tuple(every[:pictures]), tuple(every[pictures:]))
 
 
 def seated(parts, output, model=None, data=None, name="ink", **settings):
-    chosen = {
-        "steps": 4,
-        "learning_rate": 3e-2,
-        "rank": 4,
-        "alpha": 4.0,
-        "sample_steps": 2,
-        "sample_every": 2,
-        "save_every": 2,
-    }
+    chosen = {"steps": 4, "learning_rate": 3e-2, "rank": 4, "alpha": 4.0, **EVERY}
     settings = parts.settings.Settings(**chosen | settings)
     with torch.inference_mode():
         wires = parts.course.Wires(model or inside.model("sd15"), data or dataset(parts))
