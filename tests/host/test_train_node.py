@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -218,3 +219,76 @@ def test_a_rehearsal_tells_memory_and_time_and_leaves_nothing(parts, output):
         found = sitting.course.rehearsed()
     assert found["activations"] > 0 and found["parameters"] > 0 and found["seconds"] > 0
     assert not (output / "lora_ops").exists()
+
+
+# family -> width of its text, of its pooled text, a latent, its preset's title, weighting, guidance
+FAMILIES = {
+    "sd15": (768, 0, (4, 8, 8), "Stable Diffusion 1.5", "min_snr", None),
+    "sdxl": (2048, 1280, (4, 8, 8), "Stable Diffusion XL", "min_snr", None),
+    "sd35_medium": (64, 32, (16, 16, 16), "Stable Diffusion 3.5 medium", "constant", None),
+    "flux": (64, 768, (16, 16, 16), "FLUX.1", "constant", 1.0),
+    "flux2": (64, 0, (128, 8, 8), "FLUX.2 dev", "constant", 1.0),
+    "flux2_klein": (64, 0, (128, 8, 8), "FLUX.2 klein", "constant", None),
+    "wan_t2v": (32, 0, (16, 1, 16, 16), "Wan 2.1 or 2.2", "constant", None),
+    "qwen_image": (64, 0, (16, 1, 16, 16), "Qwen-Image", "constant", None),
+    "z_image": (64, 0, (16, 16, 16), "Z-Image", "constant", None),
+    "cascade_c": (1280, 1280, (16, 16, 16), "Stable Cascade, stage C", "constant", None),
+}
+
+
+def course(parts, family, data=None, **settings):
+    width, pooled, shape = FAMILIES[family][:3]
+    with torch.inference_mode():
+        data = data or dataset(parts, shape, width, pooled, pictures=1)
+        settings = parts.settings.Settings(**{"sample_every": 0, "rank": 4, "alpha": 4.0} | settings)
+        return parts.course.Course(settings, parts.course.Wires(inside.model(family), data))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_is_what_the_familys_trainers_recommend_and_a_step_is_made_with_it(parts, ours, family):
+    title, weighting, guidance = FAMILIES[family][3:]
+    timesteps = ours("lora_ops.train.timesteps").RECOMMENDED
+    made = course(parts, family, preset=title)
+    assert made.plan.timesteps == timesteps["wan" if family == "wan_t2v" else family]
+    assert made.plan.objective.weighting == weighting
+    told = [condition[0][1].get("guidance") for condition in made.items[0].conditions]
+    assert told == [guidance]
+    losses = []
+    with torch.inference_mode():
+        plan = dataclasses.replace(made.plan, steps=1)
+        made.model.learn(plan, made.items, name="ink", stepped=lambda done, _: losses.append(done.loss))
+    assert len(losses) == 1 and 0 < losses[0] < float("inf")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(parts, ours):
+    def refused(match, family="sd15", **settings):
+        with pytest.raises(parts.errors.LoraOpsError, match=match):
+            course(parts, family, **settings)
+
+    refused("is for FLUX.1; the model is Stable Diffusion 1.5", preset="FLUX.1")
+    refused("sample_prompts need a text encoder", sample_every=1, sample_prompts="a cat")
+    refused("need a negative", sample_every=1, sample_cfg=4.0)
+    refused("OFT has none", adapter={"key": "oft"}, alpha=8.0)
+    refused("has no rank", targets={"key": "selectors", "selectors": "role:attn=much"})
+    refused("chooses nothing", targets={"key": "selectors", "selectors": "double_blocks.0=4"})
+    refused("is for models that predict noise or v", "flux", objective={"key": "min-snr", "gamma": 5.0})
+    refused("takes no shift", timesteps={"key": "uniform", "shift": 3.0})
+    edited = dataset(parts)
+    edited.pictures[0].conditions[0][0][1]["reference_latents"] = [noise(1, 4, 8, 8)]
+    refused("pictures to edit", data=edited)
+    refused("video of 3 latent frames", "wan_t2v", data=dataset(parts, (16, 3, 16, 16), 32))
+
+
+def test_models_that_need_more_than_noise_and_text_are_refused_by_name(parts):
+    import comfy.model_base
+
+    inpainting, vace = inside.model("sd15"), inside.model("wan_t2v")
+    inpainting.model.set_inpaint()
+    vace.model.__class__ = comfy.model_base.WAN21_Vace
+    for each, data, match in (
+        (inpainting, dataset(parts), "inpainting"),
+        (inside.model("wan"), dataset(parts, (16, 1, 16, 16), 4096), "image-to-video"),
+        (vace, dataset(parts, (16, 1, 16, 16), 32), "VACE"),
+    ):
+        with pytest.raises(parts.errors.TrainingError, match=match), torch.inference_mode():
+            parts.course.Course(parts.settings.Settings(), parts.course.Wires(each, data))
