@@ -59,7 +59,7 @@ class Course:
         self.previews = self._previews(dataset)
 
     def _require_possible(self) -> None:
-        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that the first step would refuse."""
+        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take."""
         plan, sampling, shape = self.plan, self.model.sampling, self.items[0].shape
         timesteps = plan.timesteps or self.chosen.timesteps
         sigma = timesteps.sigmas(sampling, timesteps.moments(1, generator(plan.seed)), *shape[-2:])

@@ -91,8 +91,8 @@ class Sitting:
         return found
 
     def where(self, path: Path) -> str:
-        """As a person finds it: below the host's output folder."""
-        return path.relative_to(runs.root().parent).as_posix()
+        """As a person finds it: from the host's output folder on."""
+        return path.relative_to(runs.root().parent.parent).as_posix()
 
     def _was_finished(self) -> bool:
         """Whether somebody ended it before these very steps were done: then it stays as it is."""
