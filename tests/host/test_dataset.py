@@ -128,6 +128,22 @@ def test_pictures_and_captions_become_what_the_hosts_own_nodes_make_of_them(run,
     assert found.preview.shape[0] == 1
 
 
+def test_stable_cascades_latents_are_those_of_its_own_node(run, pack):
+    """Stage C's are 42 times smaller than a picture, its encoder's 32."""
+    import comfy.sd
+    from comfy.ldm.cascade.stage_c_coder import StageC_coder
+    from comfy_extras.nodes_stable_cascade import StableCascade_StageC_VAEEncode
+
+    torch.manual_seed(0)
+    vae = comfy.sd.VAE(sd=StageC_coder().state_dict())
+    image = torch.rand(1, 256, 256, 3)
+    condition = [[torch.zeros(1, 77, 8), {}]]
+    found = run(folder="none", images=[image], conditioning=[condition], vae=vae, resolution="256", cache=False)
+    (latent,) = found.dataset.pictures[0].latents
+    wanted = StableCascade_StageC_VAEEncode.execute((image * 255).round() / 255, vae, 42).result[0]["samples"][0]
+    assert torch.equal(latent, wanted) and latent.shape[-2:] == (6, 6)
+
+
 def test_what_was_encoded_once_comes_from_the_disk_bit_for_bit(run, loaded, place, silent):
     made = run(vae=loaded.vae, clip=loaded.clip, mirror=True)
     assert made.report["kept"] == {"latents": [0, 4], "texts": [0, 5]}
@@ -182,7 +198,8 @@ def test_another_vae_or_clip_of_one_other_weight_finds_nothing_of_the_first(run,
     name = next(name for name, each in patcher.model.named_parameters() if each is weight)
     patcher.patches[name] = []
     try:
-        assert run(vae=loaded.vae, clip=loaded.clip).report["kept"][kept][0] == 0
+        found = run(vae=loaded.vae, clip=loaded.clip)
+        assert found.report["kept"][kept][0] == 0 and f"the {part.upper()} is patched" in found.text
     finally:
         patcher.patches.pop(name)
 
