@@ -67,7 +67,9 @@ class Sitting:
         self.from_step = self.step = self.run.history.step if self.folder.begun() else 0
         try:
             self.folder.tell(self.recipe)
-            with Steps(self.node_id, self.name, settings.steps, lambda: self.run.history.speed) as self.shown:
+            with Steps(
+                self.node_id, self.name, self.step, settings.steps, lambda: self.run.history.speed
+            ) as self.shown:
                 lora = course.model.learn(
                     course.plan,
                     course.items,
@@ -89,8 +91,8 @@ class Sitting:
         return found
 
     def where(self, path: Path) -> str:
-        """As a person finds it: below the host's output folder."""
-        return path.relative_to(runs.root().parent).as_posix()
+        """As a person finds it: from the host's output folder on."""
+        return path.relative_to(runs.root().parent.parent).as_posix()
 
     def _was_finished(self) -> bool:
         """Whether somebody ended it before these very steps were done: then it stays as it is."""
@@ -100,6 +102,9 @@ class Sitting:
             return False
         ending = before.ending
         return bool(ending and ending.how == "finished" and before.steps == self.settings.steps and self.folder.begun())
+
+    def _speed(self) -> float | None:
+        return self.run.history.speed
 
     def _start(self) -> Lora | None:
         if self.settings.resume["key"] != "lora":

@@ -74,7 +74,7 @@ class Session:
             self.run = train.loop.Run(self.plan, self.wrapper)
 
     def running(self, **more):
-        return self.model.running(self.wrapper, [self.item], **more)
+        return self.model.running([self.wrapper], [self.item], **more)
 
     def gradients(self, **more):
         with torch.inference_mode(), self.running(**more):
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_merged_weights(train):
             del module._parameters[attribute]
             setattr(module, attribute, weight)
         empty = train.wrapper.Wrapper({}, {})
-        with torch.inference_mode(), session.model.running(empty, [session.item]):
+        with torch.inference_mode(), session.model.running([empty], [session.item]):
             run = Bare(session.plan, factors)
             args = run, [session.item], session.model.predict, session.model.sampling, session.timesteps
             train.loop._gradients(*args)
