@@ -13,6 +13,7 @@ from PIL import Image
 from harness import small
 from harness.server import WorkflowError
 
+IMAGES = {"folder": "none", "images": [torch.ones(1, 64, 64, 3)]}
 WIDE, TALL, SQUARE = (300, 110), (110, 300), (160, 160)  # pixels
 
 
@@ -69,7 +70,9 @@ def run(ours, place, monkeypatch):
         values |= {"folder": "zorps", "resolution": "128"} | given
         wires = {name: value for name, value in values.items() if value is not None}
         node.hidden = SimpleNamespace(unique_id="1")
-        found = node.execute(**{name: value if name in lists else [value] for name, value in wires.items()})
+        found = node.execute(
+            **{name: value if name in lists or isinstance(value, list) else [value] for name, value in wires.items()}
+        )
         dataset, preview, report = found.result
         return SimpleNamespace(dataset=dataset, preview=preview, report=json.loads(report), text=found.ui["text"][0])
 
@@ -381,6 +384,10 @@ def test_images_over_a_wire_bring_captions_and_masks_or_conditionings(run, loade
             {"folder": "none", "latents": [{"samples": torch.rand(1, 4, 8, 8)}], "captions": ["x"], "mirror": True},
             "mirror",
         ),
+        ({**IMAGES, "conditioning": [[[torch.zeros(1, 1, 1), {}]]], "trigger_word": "qx"}, "change captions"),
+        ({**IMAGES, "conditioning": [[[torch.zeros(1, 1, 1), {}]]], "tag_orders": 2}, "change captions"),
+        ({**IMAGES, "masks": [torch.ones(1, 64, 64)], "mask_from": "off"}, "mask_from is off"),
+        ({**IMAGES, "resolution": ["64", "128"]}, "resolution has 2 values"),
         ({"resolution": "large"}, "is no resolution"),
         ({"resolution": "32"}, "smallest resolution is 32"),
         ({"bucket_step": 20}, "multiple of 8"),
