@@ -405,6 +405,16 @@ def test_what_cannot_be_meant_is_refused_with_what_to_do(run, loaded, ours, give
         run(**wires | given)
 
 
+def test_the_resolution_that_a_model_was_made_for_is_told_by_its_text_encoder_and_vae(loaded, ours):
+    from comfy.text_encoders.sd2_clip import SD2ClipModel
+
+    native = ours("nodes.host.encoding").native
+    sd2 = SimpleNamespace(cond_stage_model=SD2ClipModel.__new__(SD2ClipModel))
+    sixteen = SimpleNamespace(latent_channels=16)
+    assert native(loaded.real, loaded.vae) == 512 and native(sd2, loaded.vae) == 768
+    assert native(loaded.real, sixteen) == native(None, loaded.vae) == 1024
+
+
 def test_a_full_path_is_taken_below_the_hosts_folders_and_datasets_may_be_elsewhere(
     run, loaded, place, ours, tmp_path, monkeypatch
 ):
