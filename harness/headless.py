@@ -82,15 +82,23 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
             raise LoraOpsError(
                 f"Train LoRA has no input '{name}' in this recipe.", remedy=f"It has {', '.join(known)}."
             )
-        kind = type(recipe.inputs[name])
-        try:
-            values[name] = text if kind is str else kind(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise LoraOpsError(
-                f"{name} is '{text}'.", remedy=f"Give {name} a value of type {kind.__name__}."
-            ) from error
+        values[name] = _like(recipe.inputs[name], name, text)
     node = {**recipe.prompt[recipe.node], "inputs": recipe.inputs | values}
     return recipe._replace(prompt=recipe.prompt | {recipe.node: node})
+
+
+def _like(value: Any, name: str, text: str) -> Any:
+    """A text as a value of the same type as another."""
+    if isinstance(value, str):
+        return text
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if type(found) is type(value) or (isinstance(value, float) and type(found) is int):
+        return type(value)(found)
+    remedy = f"Give it a value of type {type(value).__name__}, like {json.dumps(value)}."
+    raise LoraOpsError(f"{name} cannot be '{text}'.", remedy=remedy)
 
 
 def _run(host: Path, recipe: Recipe, arguments: tuple[str, ...]) -> int:
