@@ -96,7 +96,7 @@ def _like(value: Any, name: str, text: str) -> Any:
     except ValueError:
         found = None
     if type(found) is type(value) or (isinstance(value, float) and type(found) is int):
-        return type(value)(found)
+        return float(found) if isinstance(value, float) else found
     remedy = f"Give it a value of type {type(value).__name__}, like {json.dumps(value)}."
     raise LoraOpsError(f"{name} cannot be '{text}'.", remedy=remedy)
 
