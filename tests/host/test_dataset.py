@@ -284,13 +284,18 @@ def test_what_cannot_be_used_is_left_out_by_name_and_the_rest_is_learned(run, lo
     noise((40, 300), 5).save(place.zorps / "thin.png")
     Image.new("L", SQUARE, 0).save(place.zorps / "2_mask.png")
     (place.zorps / "film.mp4").write_bytes(b"x")
+    noise(SQUARE, 6).save(place.zorps / "4.png")
+    (place.zorps / "4_mask.png").write_bytes(b"damaged")
+    noise(SQUARE, 6).save(place.zorps / "5.png")
+    noise(WIDE, 6).save(place.zorps / "5_mask.png")
     found = run(vae=loaded.vae, clip=loaded.clip, unmasked_weight=0.0)
     assert [each.name for each in found.dataset.pictures] == ["3.png"]
     reasons = dict(found.report["left_out"])
     assert "truncated" in reasons["0.png"] and "is no picture" in reasons["1.png"]
     assert "smaller than 64×64" in reasons["thin.png"] and "mask leaves nothing" in reasons["2.png"]
+    assert "4_mask.png is no picture" in reasons["4.png"] and "the mask is 300×110" in reasons["5.png"]
     assert "kind that is not read" in reasons["film.mp4"]
-    assert all(name in found.text for name in reasons)
+    assert all(name in found.text for name in reasons) and len(reasons) == 7
     with pytest.raises(Exception, match="None of the pictures") as caught:
         (place.zorps / "3.png").unlink()
         run(vae=loaded.vae, clip=loaded.clip, unmasked_weight=0.0)
