@@ -7,6 +7,7 @@ import json
 from ..lora_ops.train.keeping import Folder
 from ..lora_ops.train.outcomes import rehearsed, trained
 from ..lora_ops.train.plotting import Curves, plot
+from ..lora_ops.train.recipes import recipe
 from ..lora_ops.train.settings import Settings
 from .host.api import io
 from .host.course import Course, Wires
@@ -61,8 +62,8 @@ class LoraOpsTrain(io.ComfyNode):
             data = course.rehearsed()
             text = rehearsed(data, settings.steps)
             return io.NodeOutput(*(nothing() for _ in range(4)), json.dumps(data), ui=told(data, text))
-        recipe = {"version": 1, "node": hidden.unique_id, "prompt": upstream(hidden.prompt, hidden.unique_id)}
-        sitting = Sitting(course, Folder(to.path("")), hidden.unique_id, recipe)
+        made_with = recipe(upstream(hidden.prompt, hidden.unique_id), hidden.unique_id, wires.dataset)
+        sitting = Sitting(course, Folder(to.path("")), hidden.unique_id, made_with)
         found = sitting.outcome(workflow_of(hidden.extra_pnginfo))
         samples = nothing("No samples were drawn: set sample_every.") if found.samples is None else found.samples
         return io.NodeOutput(
