@@ -13,6 +13,7 @@ from .host.api import io
 from .host.course import Course, Wires
 from .host.destinations import destination
 from .host.graph import nothing, upstream
+from .host.names import fingerprint, fingerprint_of_all
 from .host.previews import tensor_of
 from .host.runs import workflow_of
 from .host.sitting import Sitting
@@ -43,6 +44,12 @@ class LoraOpsTrain(io.ComfyNode):
             hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.dynprompt],
             is_output_node=True,
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, resume=None, **_):
+        """A run that is done is not made again; a LoRA that it begins with may change."""
+        files = (resume or {}).get("file", [])
+        return fingerprint([(file, "") for file in files]) if None not in files else fingerprint_of_all()
 
     @classmethod
     def execute(cls, **inputs):
