@@ -203,6 +203,7 @@ def test_roles_mean_the_smallest_parts_and_names_what_they_name(train, ours):
     assert bands(("role:attn", 8)) == [(0, 3072, 8), (3072, 3072, 8), (6144, 3072, 8)]
     assert bands(("role:attn", 8), ("*.to_k", 2)) == [(0, 3072, 8), (3072, 3072, 2), (6144, 3072, 8)]
     assert bands(("role:attn", 8), ("*.to_k", 0)) == [(0, 3072, 8), (6144, 3072, 8)]
+    assert bands(("role:mlp", 8)) == [(9216, 12288, 8)]  # and not x-flux's rows of no name
     with pytest.raises(train.errors.StackError):
         bands(("*.nowhere", 8))
     with pytest.raises(train.errors.StackError, match="no weight that can be trained"):
