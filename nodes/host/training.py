@@ -409,17 +409,20 @@ class Model(_Part):
         memory runs out; what was learned until then is in path, and stopped has been called, if there was a step.
         """
         if bool(plan.text_aims) != (self.text is not None):
-            what = "The plan trains {} text encoder, and {} CLIP is given.".format(
-                *("no a" if self.text else "a no").split()
-            )
+            plans, given = ("no", "a") if self.text else ("a", "no")
+            what = f"The plan trains {plans} text encoder, and {given} CLIP is given."
             raise TrainingError(what, remedy="Give both or none.")
         device, targets = self.patcher.load_device, self.targets()
         where = plan.places(targets)
         timesteps = plan.timesteps or recommended(targets.family, self.sampling)
-        begun = self.begin(plan, where, items, timesteps) if lora is None else plan.go_on(where, lora, targets)
+        resumed = path is not None and path.exists()
+        if lora is not None:
+            begun = plan.go_on(where, lora, targets)
+        else:
+            begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
         wrappers = self.wrappers(begun, plan.dropout)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
-        if path is not None and path.exists():
+        if path is not None and resumed:
             state.restore(path, run)
         session = Session(self, run, path)
 

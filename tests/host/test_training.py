@@ -330,6 +330,24 @@ def test_every_initialisation_learns_and_what_it_learned_lands(train, ours, init
     assert torch.equal(inside.run(session.patcher), sampled)
 
 
+@pytest.mark.parametrize("initial", ["pissa_niter_4", "eva"])
+def test_a_run_that_goes_on_does_not_look_for_its_start_again(train, initial, tmp_path, monkeypatch):
+    session, path = Session(train, "flux"), tmp_path / "state.safetensors"
+    descent = train.optimizers.Descent(rate=1e-2)
+    plan = train.plan.Plan(3, (train.places.Aim(rank=4),), initial=initial, descent=descent)
+    whole = session.model.learn(plan, [session.item], name="whole")
+
+    def end(done, session):
+        raise train.host.Finish
+
+    session.model.learn(plan, [session.item], name="x", path=path, stepped=end)
+    monkeypatch.setattr(session.model, "begin", None)
+    monkeypatch.setattr(train.plan, "of_weight", None)
+    rest = session.model.learn(plan, [session.item], name="rest", path=path)
+    for module, adapter in whole.modules.items():
+        assert torch.equal(rest.modules[module].up, adapter.up) and torch.equal(rest.modules[module].down, adapter.down)
+
+
 def landed(ours, session, lora):
     """The session's model with a LoRA on it, which lands whole."""
     landing, stack = ours("lora_ops.landing"), ours("lora_ops.stack")
