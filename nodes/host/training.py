@@ -168,6 +168,12 @@ class Model(Part):
             raise TrainingError(what, remedy="Turn checkpointing off, or put the LoRA on it in mode patch.")
         return plain
 
+    def foreseen(self, found: Probe, run: Run) -> Estimate:
+        """What a step of a run needs."""
+        width = self.patcher.model.get_dtype_inference().itemsize
+        largest = width * max(weight.numel() for weight in self.network.parameters())
+        return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
+
     def around(self) -> AbstractContextManager[Any]:
         """What a forward pass and its backward pass run in: copies of what a model writes over, where it must be."""
         return torch.autograd.graph.allow_mutation_on_saved_tensors() if self._copying else nullcontext()
@@ -348,7 +354,7 @@ class Model(Part):
         needed: Estimate | None = None
         try:
             with self.running(wrappers, widest(items, plan.batch), checkpointing=checkpointing) as found:
-                needed = estimate(found.kept, run.parameters, plan.descent, ema=bool(plan.ema))
+                needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
                 train(
                     run,
