@@ -92,7 +92,7 @@ def _trains(target: Target) -> bool:
     """Whether it is a matrix, or rows of one that have a name of their own; a text encoder's embeddings are looked up,
     not multiplied with."""
     named = target.band is None or len(target.names) > 1
-    table = target.part == "clip" and "embedding" in target.key
+    table = target.part == "clip" and any(sign in target.key for sign in ("embedding", "attention_bias", "shared."))
     return len(target.shape) > 1 and named and not target.swap and not table
 
 

@@ -36,7 +36,7 @@ T = TypeVar("T")
 NETWORK = "diffusion_model"
 # What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
 REFUSED = ("control", "gligen", "hooks", "area", "mask", "timestep_start", "timestep_end", "start_percent")
-TEXT_ENCODERS = ("sd15", "sdxl")  # families whose text encoders train
+TEXT_ENCODERS = ("sd15", "sdxl", "flux")  # families whose text encoders train
 SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
 
 
