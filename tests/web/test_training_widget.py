@@ -212,8 +212,8 @@ def test_what_a_server_that_is_gone_began_is_shown_gone_on_with_and_finished_ear
     for tab in both:
         tab.clear()
         tab.load(workflow)
-        stopped = "Stopped: the server ended while it ran"
-        tab.shows(state=stopped, step="40/100 steps", points=[40, 40, 2], samples=[20, 40], drawn=2, buttons=OFF)
+        note = "The server ended while it ran. Queue the node again to go on."
+        tab.shows(state="Stopped", note=note, step="40/100 steps", points=[40, 40, 2], drawn=2, buttons=OFF)
     for tab in both:  # by keyboard: the values of the last step, and a sample, large, and the one before it
         tab.keys(f"{PANEL} .curve", END)
         tab.wait(f"return document.querySelector('{PANEL} .spoken').textContent === given[0]", SPOKEN)
