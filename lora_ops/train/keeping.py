@@ -12,8 +12,10 @@ from typing import Any
 
 from ..errors import FileError
 from ..files import write_text
+from .state import step_of
 
 SUFFIX = ".safetensors"
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Folder:
     def lora(self, step: int) -> Path:
         return self.path / f"{self.path.name}-{step:06}{SUFFIX}"
 
-    def begun(self) -> bool:
-        return self.state.exists()
+    def step(self) -> int:
+        """The step that it goes on from; 0 where there is no state. Raises FileError for what is none."""
+        return step_of(self.state) if self.state.exists() else 0
 
     def set_aside(self) -> Path | None:
         """Give the folder of an earlier run another name, which is returned: its own with the next free number."""
@@ -53,6 +56,14 @@ class Folder:
             raise FileError(what, file=self.path, remedy="Choose another name for the run.") from error
         return other
 
+    def told(self) -> Mapping[str, Any] | None:
+        """The recipe that is there; None for none that can be read."""
+        try:
+            found = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+            return found if found["node"] in found["prompt"] else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
     def tell(self, recipe: Mapping[str, Any]) -> None:
         """Keep what the run can be made again with. Raises FileError."""
-        write_text(self.path / "recipe.json", json.dumps(recipe, ensure_ascii=False, indent=1))
+        write_text(self.path / RECIPE, json.dumps(recipe, ensure_ascii=False, indent=1))

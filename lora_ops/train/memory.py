@@ -203,7 +203,7 @@ STATES: Mapping[str, float] = {  # bytes an optimizer keeps for each of a float3
 class Estimate(NamedTuple):
     """What a step needs on the device beside the model, in bytes."""
 
-    activations: int  # of one batch
+    activations: int  # of one batch, and what computes them
     parameters: int  # with their gradients, the optimizer's state and the average
 
     @property
@@ -219,9 +219,13 @@ class Estimate(NamedTuple):
         return "Lower the rank or choose adamw8bit, lion or adafactor."
 
 
-def estimate(kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool) -> Estimate:
+def estimate(
+    kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool, largest: int = 0
+) -> Estimate:
+    """kept is a Probe's. largest are the bytes of the model's largest weight: there is one more of it while it is cast
+    or laid out for its product."""
     count = sum(parameter.numel() for parameter in parameters.values())
-    return Estimate(kept, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
+    return Estimate(kept + largest, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -49,7 +49,7 @@ def places(targets: TargetMap, aims: Sequence[Aim], part: str = "model") -> tupl
     found: list[Place] = []
     used: set[int] = set()
     decided: dict[str, list[Target]] = {}
-    trainable = (t for t in targets.targets if t.part == part and len(t.shape) > 1 and not t.swap and not _is_table(t))
+    trainable = (target for target in targets.targets if target.part == part and _trains(target))
     for target in sorted(trainable, key=lambda target: target.rows.length):
         numbers = [number for number, aim in enumerate(aims) if _means(aim.pattern, target)]
         there = decided.setdefault(target.key, [])
@@ -88,9 +88,12 @@ def _means(pattern: Pattern | None, target: Target) -> bool:
     return pattern.matches(target.names if target.band is None else target.names[:-1], target.role)
 
 
-def _is_table(target: Target) -> bool:
-    """A text encoder's embeddings: they are looked up, not multiplied with."""
-    return target.part == "clip" and "embedding" in target.key
+def _trains(target: Target) -> bool:
+    """Whether it is a matrix, or rows of one that have a name of their own; a text encoder's embeddings are looked up,
+    not multiplied with."""
+    named = target.band is None or len(target.names) > 1
+    table = target.part == "clip" and any(sign in target.key for sign in ("embedding", "attention_bias", "shared."))
+    return len(target.shape) > 1 and named and not target.swap and not table
 
 
 def _overlap(one: Target, other: Target) -> bool:

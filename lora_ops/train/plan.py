@@ -118,6 +118,11 @@ class Plan:
                 raise
         return Beginning(found, dict(found) if moves(self.initial) else None)
 
+    def shaped(self, where: Sequence[Place], weight: Callable[[Place], Tensor]) -> Beginning:
+        """What begin gives, in shape alone: a state fills it, without looking at the model again."""
+        begun = replace(self, initial="gaussian").begin(where, weight, dict)
+        return begun._replace(taken_off=begun.adapters if moves(self.initial) else None)
+
     def go_on(self, where: Sequence[Place], lora: Lora, targets: TargetMap) -> Beginning:
         """From a LoRA in any dialect, each of its modules with its own alpha.
 

@@ -42,11 +42,11 @@ class Course:
 
     def __init__(self, settings: Settings, wires: Wires) -> None:
         require_trainable(wires.model, wires.dataset)
-        if settings.text_encoder["key"] != "off":
-            what = "This version does not train text encoders from the node."
-            raise TrainingError(what, remedy="Set text_encoder to off.")
         self.settings, self.wires = settings, wires
-        self.model = Model(wires.model)
+        if settings.trains_text and wires.clip is None:
+            raise TrainingError("The text encoder is to train, and there is none.", remedy="Connect clip.")
+        self.clip = wires.clip if settings.trains_text else None  # what trains of it
+        self.model = Model(wires.model, self.clip)
         self.targets = self.model.targets()
         self.family = family_of(self.targets)
         guided = bool(wires.model.model.model_config.unet_config.get("guidance_embed"))

@@ -3,131 +3,44 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
-import comfy.sd
 import psutil
 import torch
-from comfy.patcher_extension import PatcherInjection
-from comfy.quant_ops import QuantizedTensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...lora_ops.errors import TrainingError, shown
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.data import Item, widest
 from ...lora_ops.train.dataset import Dataset, Picture
-from ...lora_ops.train.frozen import stored_weight
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
-from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, copying, estimate, out_of_memory, probe
+from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, estimate, out_of_memory, probe
 from ...lora_ops.train.places import Place
 from ...lora_ops.train.plan import Beginning, Plan
 from ...lora_ops.train.timesteps import Timesteps, recommended
 from ...lora_ops.train.wrapper import Wrapper
-from .caches import hooks_of
-from .live import turned
 from .patching import targets
+from .wrapping import Part, Prompt, Text, weight_of
 
 T = TypeVar("T")
-KEY = "lora_ops_train"
 NETWORK = "diffusion_model"
 # What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
 REFUSED = ("control", "gligen", "hooks", "area", "mask", "timestep_start", "timestep_end", "start_percent")
-TEXT_ENCODERS = ("sd15", "sdxl")  # families whose text encoders train
+TEXT_ENCODERS = ("sd15", "sdxl", "flux")  # families whose text encoders train
 SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
 
 
-def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """A weight as the host computes with it: patched, de-quantised, brought from where it is."""
-    if not hasattr(module, "weight_function"):
-        return stored_weight(module, like)
-    weight, bias = comfy.ops.cast_bias_weight(module, dtype=like.dtype, device=like.device, bias_dtype=like.dtype)
-    return weight.dequantize().to(like.dtype) if isinstance(weight, QuantizedTensor) else weight, bias
-
-
-class _Part:
-    """A model of the host and its own clone of the patcher, with a wrapper in it while it trains."""
-
-    def __init__(self, patcher: Any, modules: Mapping[str, nn.Module]) -> None:
-        for key in turned(patcher):
-            what = "has a DoRA or another change that depends on its weight on it live."
-            raise TrainingError(what, module=key, remedy="Put that LoRA on in mode patch to train on top of it.")
-        self.patcher, self.modules = patcher, modules
-
-    def put(self, wrapper: Wrapper) -> None:
-        """The wrapper goes in before all other hooks, so that their gradients are autograd's."""
-        self.patcher.injections = {KEY: [_injection(wrapper)], **self.patcher.injections}
-
-    def lend(self, patcher: Any) -> None:
-        """Put the wrapper into another clone."""
-        patcher.injections = {KEY: self.patcher.injections[KEY], **patcher.injections}
-
-    def enter(self) -> None:
-        self.patcher.eject_model()  # what was in from another clone
-        self.patcher.inject_model()
-        self.patcher.pre_run()
-
-    def leave(self) -> None:
-        self.patcher.cleanup()
-        self.patcher.unpatch_model(unpatch_weights=False)
-
-    def take_out(self, wrapper: Wrapper) -> None:
-        wrapper.remove()
-        self.patcher.injections.pop(KEY, None)
-
-
-class Prompt(NamedTuple):
-    """A condition of which the text encoder makes a conditioning in each step; options are what else that says."""
-
-    tokens: Any
-    options: Mapping[str, Any]
-
-
-class _Loaded(comfy.sd.CLIP):
-    """A CLIP that is where it should be."""
-
-    def load_model(self, tokens: Any = ()) -> Any:
-        return self.patcher
-
-
-class Text(_Part):
-    """A CLIP to train on."""
-
-    def __init__(self, clip: Any) -> None:
-        if clip.use_clip_schedule or clip.patcher.forced_hooks is not None:
-            what = "The CLIP has hooks, which training does not use."
-            raise TrainingError(what, remedy="Connect it as it was before those.")
-        self.clip, self._loaded = clip, clip.clone()
-        self._loaded.__class__ = _Loaded
-        named = self._loaded.cond_stage_model.named_modules()
-        super().__init__(self._loaded.patcher, {name: module for name, module in named if name})
-
-    def prompt(self, text: str, options: Mapping[str, Any]) -> Prompt:
-        return Prompt(self.clip.tokenize(text), options)
-
-    def encode(self, prompt: Prompt) -> list[Any]:
-        """The CONDITIONING of a prompt, by the host's own encoder, whose layers add in place."""
-        with copying() if torch.is_grad_enabled() else nullcontext():
-            ((cross, options),) = self._loaded.encode_from_tokens_scheduled(prompt.tokens, show_pbar=False)
-        return [[cross, {**prompt.options, **options}]]
-
-    def lent(self) -> Any:
-        clip = self.clip.clone()
-        self.lend(clip.patcher)
-        return clip
-
-
-class Model(_Part):
+class Model(Part):
     """A MODEL to train on: its own patcher around the same modules; the MODEL stays what it is. So does clip, a CLIP
     that trains along.
 
@@ -151,13 +64,13 @@ class Model(_Part):
             raise TrainingError(what, remedy="Train the model alone.")
 
     @property
-    def _parts(self) -> list[_Part]:
+    def _parts(self) -> list[Part]:
         return [self] if self.text is None else [self, self.text]
 
     def targets(self) -> TargetMap:
         return targets(self.patcher, self.text and self.text.clip)
 
-    def part(self, place: Place) -> _Part:
+    def part(self, place: Place) -> Part:
         return self if place.target.part == "model" or self.text is None else self.text
 
     def weight(self, place: Place) -> Tensor:
@@ -254,6 +167,12 @@ class Model(_Part):
             what = "The model, or a live LoRA on it, writes into its own tensors, which cannot be computed again."
             raise TrainingError(what, remedy="Turn checkpointing off, or put the LoRA on it in mode patch.")
         return plain
+
+    def foreseen(self, found: Probe, run: Run) -> Estimate:
+        """What a step of a run needs."""
+        width = self.patcher.model.get_dtype_inference().itemsize
+        largest = width * max(weight.numel() for weight in self.network.parameters())
+        return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
 
     def around(self) -> AbstractContextManager[Any]:
         """What a forward pass and its backward pass run in: copies of what a model writes over, where it must be."""
@@ -409,17 +328,20 @@ class Model(_Part):
         memory runs out; what was learned until then is in path, and stopped has been called, if there was a step.
         """
         if bool(plan.text_aims) != (self.text is not None):
-            what = "The plan trains {} text encoder, and {} CLIP is given.".format(
-                *("no a" if self.text else "a no").split()
-            )
+            plans, given = ("no", "a") if self.text else ("a", "no")
+            what = f"The plan trains {plans} text encoder, and {given} CLIP is given."
             raise TrainingError(what, remedy="Give both or none.")
         device, targets = self.patcher.load_device, self.targets()
         where = plan.places(targets)
         timesteps = plan.timesteps or recommended(targets.family, self.sampling)
-        begun = self.begin(plan, where, items, timesteps) if lora is None else plan.go_on(where, lora, targets)
+        resumed = path is not None and path.exists()
+        if lora is not None:
+            begun = plan.go_on(where, lora, targets)
+        else:
+            begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
         wrappers = self.wrappers(begun, plan.dropout)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
-        if path is not None and path.exists():
+        if path is not None and resumed:
             state.restore(path, run)
         session = Session(self, run, path)
 
@@ -432,7 +354,7 @@ class Model(_Part):
         needed: Estimate | None = None
         try:
             with self.running(wrappers, widest(items, plan.batch), checkpointing=checkpointing) as found:
-                needed = estimate(found.kept, run.parameters, plan.descent, ema=bool(plan.ema))
+                needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
                 train(
                     run,
@@ -512,18 +434,6 @@ def _answering(sampling: Any) -> Any:
     found = copy.copy(sampling)
     found.__class__ = type(kind.__name__, (kind,), {"calculate_denoised": lambda self, sigma, answer, x: answer})
     return found
-
-
-def _injection(wrapper: Wrapper) -> PatcherInjection:
-    """Our live hooks may still be in from another clone: they come on top again, with their own injection."""
-
-    def inject(patcher: Any) -> None:
-        installed = hooks_of(patcher.model).installed
-        if installed is not None:
-            installed.remove()
-        wrapper.install()
-
-    return PatcherInjection(inject=inject, eject=lambda _: wrapper.remove())
 
 
 def _copied(value: Any) -> Any:

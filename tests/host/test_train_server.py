@@ -7,6 +7,7 @@ import json
 import threading
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import safe_open
 
@@ -90,6 +91,26 @@ def test_a_folder_becomes_a_lora_samples_a_plot_and_files(server, prompt):
     path = json.loads(entry["outputs"]["saved"]["lora_ops"][0])["path"]
     with safe_open(path, "pt") as file:
         assert file.metadata()["ss_steps"] == "4"
+
+
+def test_a_rehearsal_has_a_report_and_nothing_else(server, prompt):
+    entry = server.post(changed(prompt, ("pictures",), name="rehearsed", dry_run=True))
+    assert told(entry)["seconds"] > 0 and server.images(entry) == []
+    assert not (server.base / "output" / "lora_ops" / "rehearsed").exists()
+
+
+def test_the_text_encoder_learns_from_captions_and_the_recipe_makes_the_run_again(server, prompt):
+    text = {"text_encoder": "on", "text_encoder.learning_rate": 0.001, "steps": 1, "sample_every": 0}
+    data = told(server.post(changed(prompt, name="words", **text)))
+    with safe_open(data["path"], "pt") as file:
+        first = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        assert file.metadata()["ss_text_encoder_lr"] == "0.001"
+    assert any(key.startswith("lora_te_") and ".lora_up" in key and tensor.any() for key, tensor in first.items())
+    recipe = json.loads((server.base / "output" / "lora_ops" / "words" / "recipe.json").read_text())
+    recipe["prompt"][recipe["node"]]["inputs"]["name"] = "again"
+    again = told(server.post(recipe["prompt"]))
+    with safe_open(again["path"], "pt") as file:
+        assert first.keys() == set(file.keys()) and all(torch.equal(file.get_tensor(key), first[key]) for key in first)
 
 
 def test_a_cancelled_run_goes_on_and_a_page_ends_it_early(server, prompt):

@@ -29,24 +29,30 @@ def noise(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+@pytest.fixture(scope="module", params=["sd15", "sdxl", "flux"])
 def pair(request, pack):
     """A MODEL and a CLIP of few layers and the family's own widths, in inference mode as the host's loaders make
     them."""
     import comfy.sd
     import comfy.sd1_clip
     import comfy.sdxl_clip
+    import comfy.text_encoders.flux
 
-    one = comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer
-    two = comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer
+    classes = {
+        "sd15": (comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer),
+        "sdxl": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
+        "flux": (comfy.text_encoders.flux.FluxClipModel, comfy.text_encoders.flux.FluxTokenizer),
+    }
 
     class Target:
         params = {}  # noqa: RUF012
-        clip, tokenizer = one if request.param == "sd15" else two
+        clip, tokenizer = classes[request.param]
 
     few = {"num_hidden_layers": 3, "intermediate_size": 64}
+    t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "d_kv": 8, "num_heads": 8}  # as wide as the small FLUX's text
     with torch.inference_mode():
-        options = {"clip_l_model_config": few, "clip_g_model_config": few, "dtype": torch.float32}
+        configs = {"clip_l_model_config": few, "clip_g_model_config": few, "t5xxl_model_config": t5}
+        options = configs | {"dtype": torch.float32}
         clip = comfy.sd.CLIP(Target, model_options=options)
         for number, (name, weight) in enumerate(clip.cond_stage_model.named_parameters()):
             if weight.ndim:
@@ -63,11 +69,12 @@ def plan_of(train, **more):
     )
 
 
-def pictures(train, clip, **more):
+def pictures(train, model, clip):
     with torch.inference_mode():
         conditions = tuple(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in CAPTIONS)
         empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    picture = train.dataset.Picture("a.png", (noise(*LATENT, seed=3),), conditions, captions=CAPTIONS, **more)
+    latent = noise(model.model.latent_format.latent_channels, 8, 8, seed=3)
+    picture = train.dataset.Picture("a.png", (latent,), conditions, captions=CAPTIONS)
     return train.dataset.Dataset((picture,), (picture,), empty, 0.1)
 
 
@@ -75,7 +82,7 @@ def learned(train, pair, plan, **more):
     model, clip = pair
     with torch.inference_mode():
         made = train.host.Model(model, clip)
-        items, held_out = made.items(pictures(train, clip))
+        items, held_out = made.items(pictures(train, model, clip))
         return made.learn(plan, items, held_out=held_out, name="x", **more)
 
 
@@ -221,7 +228,7 @@ def test_the_text_encoder_has_a_rate_of_its_own(train, pair):
 def test_what_cannot_train_is_refused(train, pair):
     model, clip = pair
     made = train.host.Model(model, clip)
-    data = pictures(train, clip)
+    data = pictures(train, model, clip)
     items, _ = made.items(data)
     with pytest.raises(train.errors.TrainingError, match="trains no text encoder, and a CLIP"):
         made.learn(plan_of(train, text_aims=()), items, name="x")
@@ -230,7 +237,7 @@ def test_what_cannot_train_is_refused(train, pair):
     wired = train.dataset.Picture("b.png", (noise(*LATENT),), data.pictures[0].conditions)
     with pytest.raises(train.errors.TrainingError, match=r"b\.png.*no caption"):
         made.items(train.dataset.Dataset((wired,)))
-    with pytest.raises(train.errors.TrainingError, match="text encoder of flux"):
-        train.host.Model(inside.model("flux"), clip)
+    with pytest.raises(train.errors.TrainingError, match="text encoder of sd35_medium"):
+        train.host.Model(inside.model("sd35_medium"), clip)
     with pytest.raises(train.errors.TrainingError, match="one rate"):
         train.optimizers.Descent("prodigy", rate=1.0, text_rate=0.5)
