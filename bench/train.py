@@ -186,7 +186,7 @@ def _ours(
 ) -> Made:
     import comfy.model_management
 
-    training, memory = _pack("nodes.host.training"), _pack("lora_ops.train.memory")
+    training = _pack("nodes.host.training")
     loop_of, plan_of = _pack("lora_ops.train.loop"), _pack("lora_ops.train.plan")
     patcher = inside.model("sd15", smaller=asked.small)
     comfy.model_management.load_models_gpu([patcher])
@@ -196,15 +196,13 @@ def _ours(
     where, timesteps = plan.places(model.targets()), _pack("lora_ops.train.timesteps").Timesteps()
     item = model.item(_latent(asked)[0], [[_text(), {}]])
     begun = model.begin(plan, where, [item], timesteps)
-    wrapper = _pack("lora_ops.train.wrapper").Wrapper(model.modules, begun.adapters, weight_of=training.weight_of)
-    for each in wrapper.trained:
-        each.to(device)
+    wrappers = model.wrappers(begun)
 
     def loop(done: Callable[[], None]) -> int:
-        run = loop_of.Run(plan, wrapper)
-        with model.running(wrapper, [item], checkpointing=checkpointing) as found:
+        run = loop_of.Run(plan, *wrappers)
+        with model.running(wrappers, [item], checkpointing=checkpointing) as found:
             loop_of.train(run, [item], model.predict, model.sampling, timesteps, progress=lambda _: done())
-            return memory.estimate(found.kept, run.parameters, plan.descent, ema=False).total
+            return model.foreseen(found, run).total
 
     return Made(loop, len(where))
 

@@ -100,6 +100,27 @@ class _Probing:
 _probing: ContextVar[_Probing | None] = ContextVar("_probing", default=None)
 
 
+@contextmanager
+def copying() -> Iterator[None]:
+    """While inside, what is kept for the backward pass is a copy, which nobody writes over: for small models that write
+    into their tensors anywhere."""
+    probing = _probing.get()
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        kept = tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach().clone()
+        if probing is None:
+            return kept
+        probing.outside.keep(kept)
+        return None
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _kept):
+        yield
+
+
+def _kept(tensor: Tensor | None) -> Tensor:
+    return _no_backward(tensor) if tensor is None else tensor
+
+
 class _Writes(TorchDispatchMode):
     def __init__(self, kept: Mapping[int, StorageWeakRef]) -> None:
         super().__init__()
@@ -182,7 +203,7 @@ STATES: Mapping[str, float] = {  # bytes an optimizer keeps for each of a float3
 class Estimate(NamedTuple):
     """What a step needs on the device beside the model, in bytes."""
 
-    activations: int  # of one batch
+    activations: int  # of one batch, and what computes them
     parameters: int  # with their gradients, the optimizer's state and the average
 
     @property
@@ -198,9 +219,13 @@ class Estimate(NamedTuple):
         return "Lower the rank or choose adamw8bit, lion or adafactor."
 
 
-def estimate(kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool) -> Estimate:
+def estimate(
+    kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool, largest: int = 0
+) -> Estimate:
+    """kept is a Probe's. largest are the bytes of the model's largest weight: there is one more of it while it is cast
+    or laid out for its product."""
     count = sum(parameter.numel() for parameter in parameters.values())
-    return Estimate(kept, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
+    return Estimate(kept + largest, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
 
 
 def out_of_memory(error: BaseException) -> bool:

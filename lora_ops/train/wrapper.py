@@ -60,7 +60,8 @@ class Wrapper:
             each = Trained(place, adapter, (taken_off or {}).get(place))
             there.setdefault(place.target.key, []).append(each)
         self.trained = tuple(each for found in there.values() for each in found)
-        self._others = [module for module in modules.values() if not is_map(module)]
+        # What is looked up in a table is a tensor of its own; the table is the largest weight of a text encoder.
+        self._others = [m for m in modules.values() if not is_map(m) and not isinstance(m, nn.Embedding)]
         self._hooks = [
             Hook(self, module, name, there.pop(f"{name}.weight", ()), weight_of)
             for name, module in modules.items()
@@ -123,10 +124,10 @@ class Trained:
         self.parameters: dict[str, nn.Parameter] = {}
         with torch.inference_mode(False):
             self.adapter = _mapped(adapter, self._parameter)
-            self.taken_off = None if taken_off is None else _mapped(taken_off, lambda _, tensor: tensor.float().clone())
+            self.taken_off = None if taken_off is None else _mapped(taken_off, lambda _, tensor: _own(tensor))
 
     def _parameter(self, name: str, tensor: Tensor) -> nn.Parameter:
-        self.parameters[name] = nn.Parameter(tensor.detach().to(torch.float32, copy=True))
+        self.parameters[name] = nn.Parameter(_own(tensor))
         return self.parameters[name]
 
     def now(self) -> Adapter:
@@ -149,6 +150,11 @@ class Trained:
             parameter.data = parameter.data.to(device)
         if self.taken_off is not None:
             self.taken_off = _mapped(self.taken_off, lambda _, tensor: tensor.to(device))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy in float32, laid out as a state's tensors are read in: in another order sums round otherwise."""
+    return tensor.detach().float().clone(memory_format=torch.contiguous_format)
 
 
 def _mapped(adapter: A, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> A:

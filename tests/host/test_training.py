@@ -74,7 +74,7 @@ class Session:
             self.run = train.loop.Run(self.plan, self.wrapper)
 
     def running(self, **more):
-        return self.model.running(self.wrapper, [self.item], **more)
+        return self.model.running([self.wrapper], [self.item], **more)
 
     def gradients(self, **more):
         with torch.inference_mode(), self.running(**more):
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_merged_weights(train):
             del module._parameters[attribute]
             setattr(module, attribute, weight)
         empty = train.wrapper.Wrapper({}, {})
-        with torch.inference_mode(), session.model.running(empty, [session.item]):
+        with torch.inference_mode(), session.model.running([empty], [session.item]):
             run = Bare(session.plan, factors)
             args = run, [session.item], session.model.predict, session.model.sampling, session.timesteps
             train.loop._gradients(*args)
@@ -203,6 +203,7 @@ def test_roles_mean_the_smallest_parts_and_names_what_they_name(train, ours):
     assert bands(("role:attn", 8)) == [(0, 3072, 8), (3072, 3072, 8), (6144, 3072, 8)]
     assert bands(("role:attn", 8), ("*.to_k", 2)) == [(0, 3072, 8), (3072, 3072, 2), (6144, 3072, 8)]
     assert bands(("role:attn", 8), ("*.to_k", 0)) == [(0, 3072, 8), (6144, 3072, 8)]
+    assert bands(("role:mlp", 8)) == [(9216, 12288, 8)]  # and not x-flux's rows of no name
     with pytest.raises(train.errors.StackError):
         bands(("*.nowhere", 8))
     with pytest.raises(train.errors.StackError, match="no weight that can be trained"):
@@ -327,6 +328,24 @@ def test_every_initialisation_learns_and_what_it_learned_lands(train, ours, init
     assert (inside.run(applied) - trained).norm() < 1e-4 * trained.norm()
     assert (trained - sampled).norm() > 1e-3 * sampled.norm()
     assert torch.equal(inside.run(session.patcher), sampled)
+
+
+@pytest.mark.parametrize("initial", ["pissa_niter_4", "eva"])
+def test_a_run_that_goes_on_does_not_look_for_its_start_again(train, initial, tmp_path, monkeypatch):
+    session, path = Session(train, "flux"), tmp_path / "state.safetensors"
+    descent = train.optimizers.Descent(rate=1e-2)
+    plan = train.plan.Plan(3, (train.places.Aim(rank=4),), initial=initial, descent=descent)
+    whole = session.model.learn(plan, [session.item], name="whole")
+
+    def end(done, session):
+        raise train.host.Finish
+
+    session.model.learn(plan, [session.item], name="x", path=path, stepped=end)
+    monkeypatch.setattr(session.model, "begin", None)
+    monkeypatch.setattr(train.plan, "of_weight", None)
+    rest = session.model.learn(plan, [session.item], name="rest", path=path)
+    for module, adapter in whole.modules.items():
+        assert torch.equal(rest.modules[module].up, adapter.up) and torch.equal(rest.modules[module].down, adapter.down)
 
 
 def landed(ours, session, lora):
