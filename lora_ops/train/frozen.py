@@ -2,7 +2,8 @@
 
 The host runs nodes in inference mode, whose weights cannot be kept for backward; and where it casts, moves or
 de-quantises a weight for each call, keeping it would cost a copy of the model. Here the weight is asked for again when
-the gradient comes back, and only the input's shape is kept.
+the gradient comes back, and only the input's shape is kept. Where autocast makes a smaller one of it, that is kept: to
+make it twice takes longer than the product.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 # (module, a tensor whose device and dtype are wanted) -> its weight as the module uses it, and its bias
 WeightOf = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor | None]]
@@ -35,7 +37,8 @@ def is_map(module: nn.Module) -> bool:
 def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf) -> Tensor:
     """forward(x), where forward is the module's own; its gradient is that of the module's map alone."""
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return forward(x)
+        with torch.no_grad():  # older hosts leave weights that ask for gradients themselves
+            return forward(x)
     found = _Frozen.apply(x, module, forward, weight_of)
     assert isinstance(found, Tensor)
     return found
@@ -45,13 +48,34 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Forward, weight_of: WeightOf) -> Tensor:  # pyright: ignore
         ctx.module, ctx.weight_of, ctx.shape, ctx.dtype = module, weight_of, x.shape, x.dtype
-        return forward(x.detach())
+        smaller = _smaller(module, x)
+        if smaller is None:
+            return forward(x.detach())
+        weight, bias = weight_of(module, x.new_empty(0, dtype=smaller))
+        ctx.save_for_backward(weight)
+        x = x.detach().to(smaller)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            convolved: Any = module._conv_forward
+            return convolved(x, weight, bias)
+        return functional.linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
-        weight, _ = ctx.weight_of(ctx.module, grad)
+        (weight,) = ctx.saved_tensors or (None,)
+        if weight is None:
+            weight, _ = ctx.weight_of(ctx.module, grad)
         return _transposed(ctx.module, weight, grad, ctx.shape).to(ctx.dtype), None, None, None
+
+
+def _smaller(module: nn.Module, x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a module's weight, where that takes less memory than the weight."""
+    kind = x.device.type
+    weight: Any = module.weight
+    if not torch.is_autocast_enabled(kind) or type(weight) not in (Tensor, nn.Parameter):
+        return None
+    found = torch.get_autocast_dtype(kind)
+    return found if weight.is_floating_point() and found.itemsize < weight.dtype.itemsize else None
 
 
 def _transposed(module: nn.Module, weight: Tensor, grad: Tensor, shape: Sequence[int]) -> Tensor:

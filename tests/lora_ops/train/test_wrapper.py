@@ -12,6 +12,7 @@ from lora_ops.adapters import DoRA, InputOFT, LowRank, build
 from lora_ops.errors import TargetError
 from lora_ops.landing import Piece, merged
 from lora_ops.lora import Band, Target
+from lora_ops.train.frozen import frozen, stored_weight
 from lora_ops.train.places import Place
 from lora_ops.train.randomness import generator
 from lora_ops.train.starts import start
@@ -300,3 +301,26 @@ def test_a_hook_of_another_below_is_refused_and_nothing_is_left():
     with pytest.raises(TargetError, match="linear"):
         wrapper.install()
     assert "forward" not in vars(model.first)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_under_autocast_a_frozen_map_is_what_the_module_is_and_casts_its_weight_once(stored):
+    """To the bit in the output; the gradient to bfloat16's rounding."""
+    found, asked = [], []
+
+    def weight_of(module, like):
+        asked.append(module)
+        return stored_weight(module, like)
+
+    for run in (lambda module, x: module(x), lambda module, x: frozen(module, module.forward, x, weight_of)):
+        model = small().requires_grad_(False).to(stored)
+        x = rand(2, 4, 8, 8).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(model.linear, torch.tanh(run(model.first, x))[:, :1].expand(-1, 16, -1, -1).flatten(2).mT)
+        forward = len(asked)
+        (y.float() * rand(*y.shape, seed=1)).sum().backward()
+        found.append((y.detach(), x.grad))
+    (plain, wanted), (ours, gradient) = found
+    assert torch.equal(ours, plain) and ours.dtype == torch.bfloat16
+    assert (gradient - wanted).norm() < 0.01 * wanted.norm()
+    assert (forward, len(asked)) == ((2, 2) if stored == torch.float32 else (0, 2))
