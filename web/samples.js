@@ -109,8 +109,8 @@ function enlarge(samples, step, number, address, closed) {
     picture.src = address(at, number, time);
     caption.textContent = `Step ${at}${pictures > 1 ? ` · picture ${number + 1} of ${pictures}` : ""}`;
     picture.alt = `Sample: ${caption.textContent}`;
-    earlier.disabled = place === 0;
-    later.disabled = place === samples.length - 1;
+    earlier.setAttribute("aria-disabled", String(place === 0)); // not disabled: it would lose the focus
+    later.setAttribute("aria-disabled", String(place === samples.length - 1));
   };
   const turn = (label, sign, across) =>
     element("button", { type: "button", className: "turn", title: label, "aria-label": label, onclick: () => show(across, 0) }, sign);

@@ -185,7 +185,7 @@ function figures(run) {
   if (run.state !== "running") told.push(`in ${duration(run.seconds)}`);
   else if (run.speed) told.push(speed(run.speed), `${duration(run.left)} left`);
   if (run.memory) told.push(size(run.memory));
-  return [steps, ...told.map((each) => element("span", {}, each))];
+  return [steps, ...told.flatMap((each) => [" ", element("span", {}, each)])]; // the space is heard, not seen
 }
 
 /** A value beside its line's colour. */
