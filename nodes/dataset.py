@@ -95,7 +95,7 @@ class LoraOpsDataset(io.ComfyNode):
             gathered = of_folder(folders.find(one["folder"]))
         regular = Gathered(())
         if one["regularisation"] != folders.NONE:
-            regular = of_folder(folders.find(one["regularisation"]))
+            regular = of_folder(folders.find(one["regularisation"]), f"{one['regularisation']}/")
         made = datasets.made(asked, gathered, regular, entries, conditioning, vae, clip, cls.hidden.unique_id)
         report = made.dataset.report
         return io.NodeOutput(

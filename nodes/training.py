@@ -7,11 +7,13 @@ import json
 from ..lora_ops.train.keeping import Folder
 from ..lora_ops.train.outcomes import rehearsed, trained
 from ..lora_ops.train.plotting import Curves, plot
+from ..lora_ops.train.recipes import recipe
 from ..lora_ops.train.settings import Settings
 from .host.api import io
 from .host.course import Course, Wires
 from .host.destinations import destination
 from .host.graph import nothing, upstream
+from .host.names import fingerprint, fingerprint_of_all
 from .host.previews import tensor_of
 from .host.runs import workflow_of
 from .host.sitting import Sitting
@@ -44,6 +46,12 @@ class LoraOpsTrain(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, resume=None, **_):
+        """A run that is done is not made again; a LoRA that it begins with may change."""
+        files = (resume or {}).get("file", [])
+        return fingerprint([(file, "") for file in files]) if None not in files else fingerprint_of_all()
+
+    @classmethod
     def execute(cls, **inputs):
         hidden, given = cls.hidden, {name: _value(name, each) for name, each in inputs.items()}
         settings = Settings(**{name: each for name, each in given.items() if name in Settings.__dataclass_fields__})
@@ -61,8 +69,8 @@ class LoraOpsTrain(io.ComfyNode):
             data = course.rehearsed()
             text = rehearsed(data, settings.steps)
             return io.NodeOutput(*(nothing() for _ in range(4)), json.dumps(data), ui=told(data, text))
-        recipe = {"version": 1, "node": hidden.unique_id, "prompt": upstream(hidden.prompt, hidden.unique_id)}
-        sitting = Sitting(course, Folder(to.path("")), hidden.unique_id, recipe)
+        made_with = recipe(upstream(hidden.prompt, hidden.unique_id), hidden.unique_id, wires.dataset)
+        sitting = Sitting(course, Folder(to.path("")), hidden.unique_id, made_with)
         found = sitting.outcome(workflow_of(hidden.extra_pnginfo))
         samples = nothing("No samples were drawn: set sample_every.") if found.samples is None else found.samples
         return io.NodeOutput(

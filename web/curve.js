@@ -96,9 +96,10 @@ export class Curve {
       }
       return found;
     };
-    const points = thinned(run.points, Math.max(100, 2 * (right - LEFT)));
+    const points = thinned(run.points, Math.max(100, right - LEFT));
+    const dense = points.length < run.points.length || points.length > (right - LEFT) / 2;
     return [
-      node("path", { class: "raw", d: path(points, 1) }),
+      node("path", { class: dense ? "raw dense" : "raw", d: path(points, 1) }),
       node("path", { class: "smoothed", d: path(points, 2) }),
       node("path", { class: "validation", d: path(run.validations, 1) }),
       ...(run.points.length === 1 ? [this.#dot(run.points[0][0], run.points[0][2], "smoothed", 2.5)] : []),

@@ -170,6 +170,7 @@ export function addBelow(node, name, element) {
   chain(node, "onSerialize", ({ size }) => {
     if (widget.computedHeight <= getMinHeight()) size[1] = Math.min(size[1], height); // else the user made it taller
   });
+  chain(node, "onResize", () => redraw(node)); // the host resizes while it draws, too late for that frame
   letTextBeUsed(element);
   takePlace(node, element);
 }

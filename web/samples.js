@@ -10,12 +10,18 @@ export class Strip {
   #address;
   #columns = new Map(); // "step pictures at" -> its element
   #samples = [];
+  #atEnd = true; // as long as the hand has not scrolled to earlier ones
 
   /** address(step, number, at, small) is where a picture lies; looked(step) hears which step is pointed at, or null. */
   constructor(address, looked) {
     this.#address = address;
     this.#looked = looked;
     this.element.addEventListener("keydown", (event) => this.#key(event));
+    this.element.addEventListener("scroll", () => {
+      const { scrollLeft, clientWidth, scrollWidth } = this.element;
+      if (clientWidth) this.#atEnd = scrollLeft + clientWidth >= scrollWidth - 4;
+    });
+    new ResizeObserver(() => this.#settle()).observe(this.element);
     this.element.addEventListener("wheel", (event) => {
       if (event.shiftKey || Math.abs(event.deltaX) > Math.abs(event.deltaY)) event.stopPropagation(); // it scrolls
     });
@@ -25,7 +31,6 @@ export class Strip {
     const there = new Map(samples.map((each) => [each.join(" "), each]));
     if (there.size === this.#columns.size && [...there.keys()].every((key) => this.#columns.has(key))) return;
     const strip = this.element;
-    const atEnd = strip.scrollLeft + strip.clientWidth >= strip.scrollWidth - 4;
     this.#samples = samples;
     this.#columns = new Map([...there].map(([key, each]) => [key, this.#columns.get(key) ?? this.#column(each)]));
     strip.replaceChildren(...this.#columns.values());
@@ -33,14 +38,20 @@ export class Strip {
     strip.style.setProperty("--size", `${SIZES[Math.min(most, SIZES.length) - 1] ?? 0}px`);
     strip.classList.toggle("some", samples.length > 0);
     this.#takeTab();
-    if (atEnd) strip.scrollLeft = strip.scrollWidth;
+    this.#settle();
+  }
+
+  /** Stays at the latest sample, if that is where it was. */
+  #settle() {
+    if (this.#atEnd) this.element.scrollLeft = this.element.scrollWidth;
   }
 
   #column([step, pictures, at]) {
     const column = element("div", { className: "column", "data-step": step });
     for (let number = 0; number < pictures; number++) {
       const label = `Sample at step ${step}${pictures > 1 ? `, ${number + 1} of ${pictures}` : ""}`;
-      const small = element("img", { src: this.#address(step, number, at, true), alt: "", draggable: false });
+      const src = this.#address(step, number, at, true);
+      const small = element("img", { src, alt: "", draggable: false, onload: () => this.#settle() });
       const button = element("button", { type: "button", title: `${label}: show it large`, "aria-label": label }, small);
       button.tabIndex = -1;
       button.addEventListener("click", () => this.#open(step, number));

@@ -20,7 +20,7 @@ const STATES = {
   finished: "Finished early",
   cancelled: "Cancelled",
   failed: "Failed",
-  stopped: "Stopped: the server ended while it ran",
+  stopped: "Stopped",
 };
 const panels = new WeakMap(); // node -> its Panel
 
@@ -150,6 +150,7 @@ class Panel {
       ["bad", this.#refused],
       ["bad", run.trouble],
       [run.state === "failed" ? "bad" : "", run.message],
+      ["", run.state === "stopped" ? "The server ended while it ran. Queue the node again to go on." : ""],
       ["", run.state === "running" ? run.note : ""],
     ];
     const shown = lines.filter(([, text]) => text);

@@ -40,7 +40,7 @@ def factors(pieces: Sequence[Piece], target: Target) -> Factors | None:
     there = [piece for piece in pieces if overlap(piece.band or whole, target.rows).length]
     if not all(_plain(piece.adapter) for piece in there):
         return _passed(there, target)
-    parts = [part for piece in pieces if (part := _part(piece.adapter, piece.band or whole, target.rows))]
+    parts = [part for piece in there if (part := _part(piece.adapter, piece.band or whole, target.rows))]
     if not parts:
         return None
     folded = len({part.scale for part in parts}) > 1

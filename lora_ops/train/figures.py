@@ -33,7 +33,7 @@ def figures(name: str, plan: Plan, dataset: Dataset, step: int, began: float, en
         "ss_gradient_accumulation_steps": str(plan.accumulate),
         "ss_learning_rate": str(descent.rate),
         "ss_unet_lr": str(descent.rate),
-        "ss_text_encoder_lr": UNTOLD,
+        "ss_text_encoder_lr": str(descent.text_rate) if plan.text_aims else UNTOLD,
         "ss_optimizer": f"{descent.optimizer}({','.join(f'{key}={value}' for key, value in options.items())})",
         "ss_lr_scheduler": descent.schedule,
         "ss_lr_warmup_steps": str(descent.warmup),

@@ -50,8 +50,9 @@ class Entry(NamedTuple):
     regularisation: bool = False
 
 
-def of_folder(folder: Path) -> Gathered:
-    """The pictures of a folder. Raises TrainingError where there is none, FileError like read_folder."""
+def of_folder(folder: Path, before: str = "") -> Gathered:
+    """The pictures of a folder; before is put before their names. Raises TrainingError where there is none, FileError
+    like read_folder."""
     found = read_folder(folder)
     if not found.sources:
         what = f"The folder '{shown(folder.name)}' holds no picture."
@@ -61,7 +62,7 @@ def of_folder(folder: Path) -> Gathered:
         raise TrainingError(what, remedy=remedy, left_out=found.left_out)
     raws = tuple(
         Raw(
-            each.name,
+            before + each.name,
             partial(read_pixels, each.path),
             each.caption,
             each.repeats,
@@ -69,7 +70,7 @@ def of_folder(folder: Path) -> Gathered:
         )
         for each in found.sources
     )
-    return Gathered(raws, found.left_out)
+    return Gathered(raws, tuple((before + name, why) for name, why in found.left_out))
 
 
 def of_images(images: Sequence[Tensor], captions: Sequence[str] | None, masks: Sequence[Tensor] | None) -> Gathered:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ..files import write_text
 from .loop import Progress
 
 FILE = "history.json"
@@ -141,8 +140,28 @@ class History:
             "best": self.best,
         }
 
+    def told(self) -> dict[str, Any]:
+        """How it went, as far as it is here, for pages."""
+        last = {name: column[-1] if column else None for name, column in self.columns.items()}
+        return {
+            "name": self.name,
+            "node": self.node,
+            "workflow": self.workflow,
+            "state": self.ending.how if self.ending else "stopped",
+            "message": self.ending.message if self.ending else "",
+            "began": self.began,
+            "step": self.step,
+            "steps": self.steps,
+            "speed": self.speed,
+            "seconds": sum(self.columns["seconds"]),
+            "loss": last["loss"],
+            "smoothed": last["smoothed"],
+            "rate": last["rate"],
+            "memory": self.memory,
+        }
+
     def write(self, folder: Path) -> None:
-        """Into the run's folder, the whole or nothing. Raises OSError."""
+        """Into the run's folder, the whole or nothing. Raises FileError."""
         told = {
             "version": VERSION,
             "name": self.name,
@@ -158,16 +177,7 @@ class History:
             "samples": self.samples,
             "resumed": self.resumed,
         }
-        path = folder / FILE
-        temporary = path.with_name(f".{FILE}.{secrets.token_hex(8)}.lora_ops_tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(told, file, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(folder / FILE, json.dumps(told, ensure_ascii=False, separators=(",", ":"), allow_nan=False))
 
 
 def read(folder: Path) -> History:

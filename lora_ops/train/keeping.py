@@ -14,6 +14,7 @@ from ..errors import FileError
 from ..files import write_text
 
 SUFFIX = ".safetensors"
+RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,14 @@ class Folder:
             raise FileError(what, file=self.path, remedy="Choose another name for the run.") from error
         return other
 
+    def told(self) -> Mapping[str, Any] | None:
+        """The recipe that is there; None for none that can be read."""
+        try:
+            found = json.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+            return found if found["node"] in found["prompt"] else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
     def tell(self, recipe: Mapping[str, Any]) -> None:
         """Keep what the run can be made again with. Raises FileError."""
-        write_text(self.path / "recipe.json", json.dumps(recipe, ensure_ascii=False, indent=1))
+        write_text(self.path / RECIPE, json.dumps(recipe, ensure_ascii=False, indent=1))

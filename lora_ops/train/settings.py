@@ -77,6 +77,10 @@ class Settings:
     validate_every: int = 50
     dry_run: bool = False
 
+    @property
+    def trains_text(self) -> bool:
+        return self.text_encoder["key"] != "off"
+
     def plan(self, chosen: Chosen, targets: TargetMap) -> Plan:
         """What it means on a model for which auto is this. Raises TrainingError or StackError for what cannot be."""
         adapter = self.adapter["key"]
@@ -89,6 +93,7 @@ class Settings:
         return Plan(
             steps=self.steps,
             aims=aims(self.targets, self.rank, alpha, targets),
+            text_aims=(Aim(None, self.rank, alpha),) if self.trains_text else (),
             algebra="lora" if adapter == "rs-lora" else adapter,
             initial=self.adapter.get("initial", "gaussian"),
             rank_stabilised=adapter == "rs-lora",
@@ -131,6 +136,7 @@ class Settings:
         return Descent(
             optimizer=chosen["key"],
             rate=self.learning_rate,
+            text_rate=self.text_encoder["learning_rate"] if self.trains_text else None,
             weight_decay=chosen["weight_decay"],
             up_factor=chosen.get("lora_plus", 1.0),
             schedule=schedule["key"],

@@ -35,7 +35,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     if pictures or texts:
         yield f"from the cache: {pictures} of {of} latents, {texts} of {all_texts} texts"
     if report["small"]:
-        yield f"smaller than the resolution, used as they are: {_names(report['small'])}"
+        every = len(report["small"]) == report["pictures"] + report["held_out"] + report["regularisation"]
+        yield f"smaller than the resolution, used as they are: {'all' if every else _names(report['small'])}"
     if report["cropped"]:
         yield f"over a quarter is cut off of: {_names(report['cropped'])}"
     yield from report["notes"]

@@ -1,5 +1,5 @@
 """The caches: parsed LoRA files, so that a changed strength reads no file again; the hashes of their tensors; live
-hooks, so that a changed strength makes none; the hashes of text encoders and VAEs."""
+hooks, so that a changed strength makes none; the hashes of text encoders and VAEs; how runs of training went."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,7 @@ from ...lora_ops.files import Identity, TensorFile, identity
 from ...lora_ops.live import Live
 from ...lora_ops.lora import Lora, configurations, from_file, read_file
 from ...lora_ops.report import Report, report
+from ...lora_ops.train import history
 from ...lora_ops.words import TriggerWords, trigger_words
 
 BUDGET = 2 << 30  # bytes of tensors kept; the least recently used go first
@@ -99,6 +101,15 @@ def report_of(name: str, path: str, state: str) -> Report:
 
 
 weights: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # module -> the hash of its weights (shelf.weights_key)
+
+
+@lru_cache(maxsize=1024)
+def history_of(folder: Path, state: Identity) -> dict[str, Any] | None:
+    """How the run of this folder went, as long as its history is in this state; None where that cannot be read."""
+    try:
+        return history.read(folder).told()
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass(eq=False)

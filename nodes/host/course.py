@@ -6,12 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from torch import nn
+
 from ...lora_ops.errors import TrainingError
 from ...lora_ops.select import family_of
 from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate
+from ...lora_ops.train.objectives import coefficients, weights
 from ...lora_ops.train.presets import choose
+from ...lora_ops.train.randomness import generator
 from ...lora_ops.train.settings import Settings
 from .previews import Previews, prepared
 from .trainable import require_trainable
@@ -38,7 +43,10 @@ class Course:
     def __init__(self, settings: Settings, wires: Wires) -> None:
         require_trainable(wires.model, wires.dataset)
         self.settings, self.wires = settings, wires
-        self.model = Model(wires.model)
+        if settings.trains_text and wires.clip is None:
+            raise TrainingError("The text encoder is to train, and there is none.", remedy="Connect clip.")
+        self.clip = wires.clip if settings.trains_text else None  # what trains of it
+        self.model = Model(wires.model, self.clip)
         self.targets = self.model.targets()
         self.family = family_of(self.targets)
         guided = bool(wires.model.model.model_config.unet_config.get("guidance_embed"))
@@ -47,7 +55,18 @@ class Course:
         self.places = self.plan.places(self.targets)
         dataset = wires.dataset if settings.masked else _without_masks(wires.dataset)
         self.items, self.held_out = self.model.items(dataset, settings.guidance or self.chosen.guidance)
+        self._require_possible()
         self.previews = self._previews(dataset)
+
+    def _require_possible(self) -> None:
+        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take."""
+        plan, sampling, shape = self.plan, self.model.sampling, self.items[0].shape
+        timesteps = plan.timesteps or self.chosen.timesteps
+        sigma = timesteps.sigmas(sampling, timesteps.moments(1, generator(plan.seed)), *shape[-2:])
+        weights(plan.objective, coefficients(sampling, sigma))
+        with torch.inference_mode(False):
+            factors = {name: nn.Parameter(torch.zeros(1)) for name in ("ink.up", "ink.down")}
+            plan.descent.schedule_of(plan.descent.optimizer_of(factors), plan.steps)
 
     def _previews(self, dataset: Dataset) -> Previews | None:
         settings, wires = self.settings, self.wires

@@ -89,6 +89,7 @@ def made(
             pictures.small += found.small
             pictures.cropped += found.cropped
             pictures.kept += found.kept
+            pictures.patched |= found.patched
             thumbs += found.thumbs
     usable = [entry._replace(masks=masked(entry.masks, asked.unmasked)) for entry in every]
     empty = [entry.name for entry in usable if not all((mask > 0).any() for mask in entry.masks)]
@@ -131,6 +132,9 @@ def _dataset(
     notes = []
     if asked.dropout and clip is None:
         notes.append("captions are never left out: that needs a CLIP")
+    for name, patched in (("VAE", pictures.patched), ("CLIP", encoded.patched)):
+        if patched:
+            notes.append(f"the {name} is patched: what it makes is not kept, and made anew each time")
     if kept is not None and kept.fault:
         notes.append(f"the cache cannot be written, all goes on without it: {shown(kept.folder)} {kept.fault}")
     if kept is not None:

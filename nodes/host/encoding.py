@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 import comfy.sd1_clip
 import comfy.text_encoders.sd2_clip
+import comfy.utils
 import torch
+from comfy.ldm.cascade.stage_c_coder import StageC_coder
 from torch import Tensor
 
 from ...lora_ops.errors import FileError, TrainingError, shown
@@ -23,6 +25,7 @@ from .shelf import Shelf, Unknown, key, packed, unpacked, weights_key
 VERSION = 1  # of how pictures are cut and read: another one finds nothing on the shelf
 AHEAD = 3  # pictures read while one is encoded
 THUMBS = 24
+CASCADE = 42  # pixels of a picture that Stable Cascade's stage C has in one, unless told otherwise
 MUCH = 0.25  # share of a picture cut off from which it is told
 PLAIN, MIRRORED, MASK = "latent", "mirrored", "mask"
 
@@ -40,7 +43,8 @@ class Encoded(NamedTuple):
 
 @dataclass
 class Pictures:
-    """What came of pictures. left_out: by name and why; small, cropped: by name; kept: how many the shelf had."""
+    """What came of pictures. left_out: by name and why; small, cropped: by name; kept: how many the shelf had;
+    patched: it has none, for the VAE is not as its file."""
 
     encoded: list[Encoded] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
@@ -48,6 +52,7 @@ class Pictures:
     cropped: list[str] = field(default_factory=list)
     thumbs: list[Thumb] = field(default_factory=list)
     kept: int = 0
+    patched: bool = False
 
 
 class _Work(NamedTuple):
@@ -89,7 +94,7 @@ def latents_of(
             return error
         return found
 
-    pictures = Pictures()
+    pictures = Pictures(patched=shelf is not None and settings is None)
     with closing(ahead(work, enumerate(raws), AHEAD)) as works:
         for number, (raw, found) in enumerate(zip(raws, works, strict=True), 1):
             if isinstance(found, FileError):
@@ -129,6 +134,8 @@ def _collect(pictures: Pictures, vae: Any, raw: Raw, found: Sequence[_Work], how
 
 def _encoded(vae: Any, pixels: Tensor, mask: Tensor | None, mirrored: bool) -> dict[str, Tensor]:
     """One at a time: a VAE for video would take two pictures for two frames."""
+    if isinstance(vae.first_stage_model, StageC_coder):
+        pixels = _compressed(pixels, int(vae.spacial_compression_encode()))
     found = {PLAIN: vae.encode(pixels)[0]}
     if mirrored:
         found[MIRRORED] = vae.encode(pixels.flip(2))[0]
@@ -137,6 +144,12 @@ def _encoded(vae: Any, pixels: Tensor, mask: Tensor | None, mirrored: bool) -> d
         small = torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
         found[MASK] = small.reshape(1, *(1 for _ in found[PLAIN].shape[3:]), height, width)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _compressed(pixels: Tensor, each: int) -> Tensor:
+    """A picture as Stable Cascade's StageC_VAEEncode node has it: its latents are so many times smaller than it."""
+    height, width = (side // CASCADE * each for side in pixels.shape[1:3])
+    return comfy.utils.common_upscale(pixels.movedim(-1, 1), width, height, "bicubic", "center").movedim(1, -1)
 
 
 def _require(vae: Any, how: How) -> None:
@@ -161,10 +174,12 @@ def _settings(vae: Any) -> Sequence[Any] | None:
 
 
 class Texts(NamedTuple):
-    """The conditioning of each text; kept counts those from the shelf."""
+    """The conditioning of each text; kept: how many the shelf had; patched: it has none, for the CLIP is not as its
+    file."""
 
     conditions: Mapping[str, Any]
     kept: int
+    patched: bool
 
 
 def conditions_of(clip: Any, texts: Iterable[str], shelf: Shelf | None, told: Told) -> Texts:
@@ -190,7 +205,7 @@ def conditions_of(clip: Any, texts: Iterable[str], shelf: Shelf | None, told: To
             if shelf is not None and name:
                 _keep(shelf, name, found[text])
         told(number, len(wanted))
-    return Texts(found, kept)
+    return Texts(found, kept, bool(wanted) and shelf is not None and settings is None)
 
 
 def _keep(shelf: Shelf, name: str, condition: Any) -> None:

@@ -58,16 +58,17 @@ def state(*names: str | None) -> str:
 
 def _roots() -> list[Path]:
     named = folder_paths.folder_names_and_paths.get(KIND, ([], set()))[0]
-    every = [folder_paths.get_input_directory(), *named, folder_paths.get_output_directory()]
-    return [Path(os.path.abspath(root)) for root in every]
+    return [Path(os.path.abspath(root)) for root in (folder_paths.get_input_directory(), *named)]
 
 
 def _below(root: Path) -> Iterator[str]:
+    seen: set[str] = set()  # a link may lead back
     for here, folders, files in os.walk(root, followlinks=True):
         name = Path(here).relative_to(root)
         folders[:] = sorted(each for each in folders if not each.startswith(".") and each.lower() != MASKS)
-        if len(name.parts) >= DEPTH:
+        if len(name.parts) >= DEPTH or os.path.realpath(here) in seen:
             folders.clear()
+        seen.add(os.path.realpath(here))
         repeated = any(REPEATED.fullmatch(each) for each in folders)
         if name.parts and (repeated or any(os.path.splitext(file)[1].lower() in PICTURES for file in files)):
             yield name.as_posix()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ NEGATIVE = " --n "  # between a prompt and what its picture is to avoid
 
 
 class Shot(NamedTuple):
+    """Conditionings, or texts of which CLIP makes some; without a negative, cfg is 1."""
+
     positive: Any
     negative: Any | None
 
@@ -40,11 +42,15 @@ class Previews:
     cfg: float
     scheduler: str
     vae: Any | None
+    encoded: Mapping[str, Any]  # the texts of shots, as conditionings
 
-    def draw(self, model: Any) -> Tensor:
-        """A picture of each shot (shots, height, width, 3), 0..1. Raises the host's interrupt."""
+    def draw(self, model: Any, clip: Any | None = None) -> Tensor:
+        """A picture of each shot (shots, height, width, 3), 0..1; its texts as clip has them now. Raises the host's
+        interrupt."""
         empty = comfy.sample.fix_empty_latent_channels(model, self.latent)
-        return torch.cat([self._decoded(model, self._sampled(model, empty, shot)) for shot in self.shots])
+        encoded = self.encoded if clip is None else {text: _encoded(clip, text) for text in self.encoded}
+        shots = [Shot(*(encoded[each] if isinstance(each, str) else each for each in shot)) for shot in self.shots]
+        return torch.cat([self._decoded(model, self._sampled(model, empty, shot)) for shot in shots])
 
     def _sampled(self, model: Any, empty: Tensor, shot: Shot) -> Tensor:
         settings = self.settings
@@ -95,21 +101,22 @@ def prepared(
         what = f"There are {len(positive)} sample_positive and {len(negative)} sample_negative."
         raise TrainingError(what, remedy="Connect one negative, or one for each positive.")
     cfg = settings.sample_cfg or chosen.cfg
-    without = _encoded(clip, "") if clip is not None else dataset.empty
-    usual = negative[0] if len(negative) == 1 else without
+    usual = negative[0] if len(negative) == 1 else dataset.empty if clip is None else ""
     shots = [Shot(each, negative[n] if len(negative) > 1 else usual) for n, each in enumerate(positive)]
     for line in prompts:
         text, marked, avoided = line.partition(NEGATIVE)
-        shots.append(Shot(_encoded(clip, text.strip()), _encoded(clip, avoided.strip()) if marked else usual))
+        shots.append(Shot(text.strip(), avoided.strip() if marked else usual))
     if not shots:
-        shots = [Shot(dataset.pictures[0].conditions[0], usual)]
+        first = dataset.pictures[0]
+        shots = [Shot(first.captions[0] if clip is not None and first.captions else first.conditions[0], usual)]
     if cfg != 1 and any(shot.negative is None for shot in shots):
         if settings.sample_cfg:
             what = f"Samples at a sample_cfg of {cfg:g} need a negative conditioning."
             raise TrainingError(what, remedy="Connect sample_negative or clip, or set sample_cfg to 1.")
         cfg = 1.0
     scheduler = chosen.scheduler if settings.sample_scheduler == AUTO else settings.sample_scheduler
-    return Previews(tuple(shots), _latent(settings, model, dataset), settings, cfg, scheduler, vae)
+    encoded = {each: _encoded(clip, each) for shot in shots for each in shot if isinstance(each, str)}
+    return Previews(tuple(shots), _latent(settings, model, dataset), settings, cfg, scheduler, vae, encoded)
 
 
 def _latent(settings: Settings, model: Any, dataset: Dataset) -> Tensor:

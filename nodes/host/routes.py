@@ -66,7 +66,7 @@ def lora(name: str, sha256: str) -> tuple[int, dict[str, Any]]:
 
 async def _runs(request: web.Request) -> web.Response:
     """The runs, the newest first, of a node or a workflow if the query names one."""
-    there = await asyncio.to_thread(lambda: [run.summary() for run in runs.known()])
+    there = await asyncio.to_thread(runs.listed)
     asked = {name: request.query[name] for name in ("node", "workflow") if name in request.query}
     found = [run for run in there if all(run[name] == value for name, value in asked.items())]
     return web.json_response({"runs": found})
@@ -82,9 +82,9 @@ async def _run(request: web.Request) -> web.Response:
 
 async def _sample(request: web.Request) -> web.StreamResponse:
     """A picture, small if the query says so. The page asks for another address when it is drawn anew."""
-    run = await asyncio.to_thread(runs.find, request.match_info["run"])
+    folder = await asyncio.to_thread(runs.folder_of, request.match_info["run"])
     step, number = int(request.match_info["step"]), int(request.match_info["number"])
-    path = None if run is None else run.sample(step, number)
+    path = None if folder is None else runs.sample(folder, step, number)
     try:
         if path is not None and "small" in request.query:
             return web.Response(body=await asyncio.to_thread(_small, path), content_type="image/webp", headers=FOREVER)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -20,14 +22,18 @@ import folder_paths
 from PIL import Image
 from server import PromptServer
 
+from ...lora_ops.errors import FileError
+from ...lora_ops.files import identity
 from ...lora_ops.train.history import FILE, Ending, History, read, thinned
 from ...lora_ops.train.loop import Progress
+from . import caches
 
 EVENT = "lora_ops.train"
 EVERY = 0.25  # seconds between two events of steps
 POINTS = 2000  # of the raw loss that a page gets at most
 WANTS = ("sample", "save", "finish")
 ENDINGS = ("done", "finished", "cancelled", "failed")
+SAMPLES = "samples"  # the folder of a run's pictures
 KEPT = 32  # runs of this process in memory; older ones are read from their folders again
 
 _runs: OrderedDict[str, Run] = OrderedDict()
@@ -69,28 +75,45 @@ def begin(node_id: Any, name: str, steps: int, folder: Path, workflow: str | Non
     return run
 
 
-def known() -> list[Run]:
-    """All runs, those of this process and those that are on disk, the newest first."""
-    found = {run.id: run for run in _runs.values()}
-    for file in root().glob(f"**/{FILE}"):
-        if _id(file.parent) not in found and (run := _on_disk(file.parent)):
-            found[run.id] = run
-    return sorted(found.values(), key=lambda run: run.history.began, reverse=True)
+def listed() -> list[dict[str, Any]]:
+    """What there is to say of all runs, those of this process and those that are on disk, the newest first."""
+    found = {run.id: run.summary() for run in list(_runs.values())}
+    for folder in _folders():
+        if _id(folder) not in found:
+            with suppress(OSError):  # it is gone by now
+                if told := caches.history_of(folder, identity(folder / FILE)):
+                    found[_id(folder)] = {"run": _id(folder), **told}
+    return sorted(found.values(), key=lambda run: run["began"], reverse=True)
 
 
 def find(run: str) -> Run | None:
     """The run of this id."""
     if run in _runs:
         return _runs[run]
-    folder = next((file.parent for file in root().glob(f"**/{FILE}") if _id(file.parent) == run), None)
-    return None if folder is None else _on_disk(folder)
-
-
-def _on_disk(folder: Path) -> Run | None:
     try:
-        return Run(read(folder), folder, running=False)
+        folder = folder_of(run)
+        return None if folder is None else Run(read(folder), folder, running=False)
     except (OSError, ValueError):
         return None
+
+
+def folder_of(run: str) -> Path | None:
+    """Where the run of this id has its files."""
+    if run in _runs:
+        return _runs[run].folder
+    return next((folder for folder in _folders() if _id(folder) == run), None)
+
+
+def sample(folder: Path, step: int, number: int) -> Path:
+    """Where a picture of a run is kept."""
+    return folder / SAMPLES / f"{step:06}_{number}.png"
+
+
+def _folders() -> Iterator[Path]:
+    for folder, inner, names in os.walk(root()):
+        if FILE in names:
+            inner[:] = [name for name in inner if name != SAMPLES]
+            yield Path(folder)
 
 
 def _id(folder: Path) -> str:
@@ -155,11 +178,11 @@ class Run:
     def sampled(self, step: int, images: Sequence[Image.Image]) -> None:
         """Keeps the pictures of this step."""
         try:
-            (self.folder / "samples").mkdir(exist_ok=True)
+            (self.folder / SAMPLES).mkdir(exist_ok=True)
             for number, image in enumerate(images):
                 image.save(self.sample(step, number), compress_level=4)
         except OSError as error:
-            self._troubled(error)
+            self._troubled(error.strerror or str(error))
             return self._tell()
         with self._lock:
             self.history.sampled(step, len(images), int(time.time() * 1000))
@@ -199,8 +222,7 @@ class Run:
             return self.history.loss_map()
 
     def sample(self, step: int, number: int) -> Path:
-        """Where a picture is kept."""
-        return self.folder / "samples" / f"{step:06}_{number}.png"
+        return sample(self.folder, step, number)
 
     def summary(self) -> dict[str, Any]:
         """What a page shows of it in words."""
@@ -208,33 +230,18 @@ class Run:
             return self._summary()
 
     def _summary(self) -> dict[str, Any]:
-        history, speed = self.history, self.history.speed
-        ending = history.ending
-        state = "running" if self.running else ending.how if ending else "stopped"
-        left = (history.steps - history.step) / speed if speed and self.running else None
-        last = history.step > 0
+        told, running = self.history.told(), self.running
+        steps = max(0, self.history.steps - self.history.step)
         return {
+            **told,
             "run": self.id,
-            "name": history.name,
-            "node": history.node,
-            "workflow": history.workflow,
-            "state": state,
+            "at": time.time(),
+            "state": "running" if running else told["state"],
+            "left": steps / told["speed"] if told["speed"] and running else None,
             "doing": self._doing,
             "asked": [want for want in WANTS if want in self._asked],
-            "message": ending.message if ending else "",
             "note": self.note,
             "trouble": self.trouble,
-            "began": history.began,
-            "at": time.time(),
-            "step": history.step,
-            "steps": history.steps,
-            "speed": speed,
-            "left": left,
-            "seconds": sum(history.columns["seconds"]),
-            "loss": history.columns["loss"][-1] if last else None,
-            "smoothed": history.columns["smoothed"][-1] if last else None,
-            "rate": history.columns["rate"][-1] if last else None,
-            "memory": history.memory,
         }
 
     def told(self, since: int = 0) -> dict[str, Any]:
@@ -272,9 +279,9 @@ class Run:
         try:
             self.history.write(self.folder)
             self.trouble = ""
-        except OSError as error:
-            self._troubled(error)
+        except FileError as error:
+            self._troubled(error.what)
 
-    def _troubled(self, error: OSError) -> None:
-        self.trouble = f"The run's folder cannot be written: {error.strerror or error}"
+    def _troubled(self, why: str) -> None:
+        self.trouble = f"The run's history is not kept on disk: {why}"
         logging.warning("LoRA Ops: %s (%s)", self.trouble, self.folder)

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,19 @@ from comfy.cli_args import args
 from PIL import Image
 from torch import Tensor
 
+from ...lora_ops.errors import TrainingError, shown
 from ...lora_ops.families import UNKNOWN
 from ...lora_ops.files import TensorFile
 from ...lora_ops.landing import land, require_coverage
-from ...lora_ops.layouts import LAYOUTS, write
+from ...lora_ops.layouts import LAYOUTS, Layout, write
 from ...lora_ops.lora import Lora, from_file, read_file
 from ...lora_ops.stack import Entry
-from ...lora_ops.train import history
 from ...lora_ops.train.figures import figures
+from ...lora_ops.train.history import History, read
 from ...lora_ops.train.keeping import Folder
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate, out_of_memory
+from ...lora_ops.train.recipes import differences
 from . import caches, names, patching, runs
 from .course import Course
 from .previews import pictures_of, tensor_of
@@ -33,6 +35,8 @@ from .progress import Steps, show
 from .training import Finish, Session
 
 RECIPE = "lora_ops.training"  # in a LoRA's metadata
+KOHYA, COMFY = LAYOUTS[:2]
+PARTS = replace(KOHYA, name="lycoris")  # as SimpleTuner writes it: diffusers' names, which ComfyUI reads
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +63,17 @@ class Sitting:
     def outcome(self, workflow: str | None) -> Outcome:
         """Carry it out. Raises the host's interrupt when the user cancels, and what learn raises; what was learned
         until then is in the folder."""
-        if self.settings.resume["key"] == "none" and (aside := self.folder.set_aside()):
+        settings, course = self.settings, self.course
+        if settings.resume["key"] == "none" and (aside := self.folder.set_aside()):
             self.notes.append(f"the earlier run is in {aside.name}")
-        self.kept = self._was_finished()
-        course, settings = self.course, self.settings
+        before = self._before()
+        self.from_step = self.step = before.step if before else 0
+        self.kept = bool(
+            before and before.ending and before.ending.how == "finished" and before.steps == settings.steps
+        )
+        if before and (changed := differences(self.folder.told() or self.recipe, self.recipe)):
+            self._changed(", ".join(changed))
         self.run = runs.begin(self.node_id, self.name, settings.steps, self.folder.path, workflow)
-        self.from_step = self.step = self.run.history.step if self.folder.begun() else 0
         try:
             self.folder.tell(self.recipe)
             with Steps(
@@ -91,17 +100,23 @@ class Sitting:
         return found
 
     def where(self, path: Path) -> str:
-        """As a person finds it: below the host's output folder."""
-        return path.relative_to(runs.root().parent).as_posix()
+        """As a person finds it: from the host's output folder on."""
+        return path.relative_to(runs.root().parent.parent).as_posix()
 
-    def _was_finished(self) -> bool:
-        """Whether somebody ended it before these very steps were done: then it stays as it is."""
+    def _before(self) -> History | None:
+        """The run that is gone on with."""
         try:
-            before = history.read(self.folder.path)
+            return read(self.folder.path) if self.folder.begun() else None
         except (OSError, ValueError):
-            return False
-        ending = before.ending
-        return bool(ending and ending.how == "finished" and before.steps == self.settings.steps and self.folder.begun())
+            return None
+
+    def _changed(self, what: str) -> None:
+        """Raises TrainingError where there is no step left that could learn otherwise."""
+        if self.kept or self.step >= self.settings.steps:
+            told = f"The run '{shown(self.name)}' is done, at step {self.step}. These have changed since: {what}."
+            remedy = "Raise steps to go on with it, choose another name, or set resume to none."
+            raise TrainingError(told, file=self.folder.path, remedy=remedy)
+        self.notes.append(f"changed from step {self.step} on: {what}")
 
     def _speed(self) -> float | None:
         return self.run.history.speed
@@ -144,7 +159,7 @@ class Sitting:
         self.run.doing("sampling")
         show(self.node_id, f"step {self.step}/{self.settings.steps} · drawing samples")
         try:
-            self.samples = session.sample(previews.draw)
+            self.samples = session.sample(lambda model: previews.draw(model, session.clip))
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -176,16 +191,17 @@ class Sitting:
         told = figures(self.name, course.plan, course.wires.dataset, self.step, self.began, time.time())
         if not args.disable_metadata:
             told[RECIPE] = json.dumps(self.recipe, ensure_ascii=False)
-        (layout,) = (each for each in LAYOUTS if each.name == ("comfy" if course.family is UNKNOWN else "kohya"))
-        shapes = patching.shapes(course.wires.model, None)
-        write(path, lora, layout, course.family, shapes=shapes, metadata=told, overwrite=True)
+        shapes = patching.shapes(course.wires.model, course.clip)
+        write(path, lora, _layout(course), course.family, shapes=shapes, metadata=told, overwrite=True)
 
     def _outcome(self) -> Outcome:
         file = read_file(str(self.folder.result))
-        lora, wires = from_file(file), self.course.wires
-        landing = land([Entry(lora, {"model": 1.0, "clip": 1.0})], patching.targets(wires.model, None))
+        lora, model, clip = from_file(file), self.course.wires.model, self.course.clip
+        landing = land([Entry(lora, {"model": 1.0, "clip": 1.0})], patching.targets(model, clip))
         require_coverage(landing, 1.0)
-        model = patching.applied(landing, "auto", wires.model, None).model
+        model = patching.applied(landing, "auto", model, clip).model
+        if clip is not None:
+            self.notes.append("what CLIP learned is in the LoRA: Apply LoRA puts it on")
         self.run.saved(self.step, self.folder.result, best=False)
         return Outcome(file, lora, model, self.run.loss_map(), self._last_samples(), self._data(file))
 
@@ -226,6 +242,14 @@ class Sitting:
             "dataset": dict(course.wires.dataset.report),
             "notes": self.notes,
         }
+
+
+def _layout(course: Course) -> Layout:
+    """The one that most programs read; where parts of fused weights have more than a LoRA, which cannot be fused, the
+    one that has names for parts."""
+    if course.plan.algebra != "lora" and any(place.target.band for place in course.places):
+        return PARTS
+    return COMFY if course.family is UNKNOWN else KOHYA
 
 
 def _due(every: int, step: int) -> bool:

@@ -25,6 +25,8 @@ NOT_TRAINED: Mapping[str, str] = {
     "HunyuanVideoSkyreelsI2V": "image-to-video of HunyuanVideo",
 }
 
+BESIDE = ("Kandinsky5",)  # takes one always: nothing, where it makes videos of text
+
 # In a conditioning: what it means.
 GIVEN = {
     "reference_latents": "pictures to edit",
@@ -48,7 +50,8 @@ def require_trainable(model: Any, dataset: Dataset) -> None:
             what = f"The model is {NOT_TRAINED[each.__name__]}: this version does not train it."
             raise TrainingError(what, remedy="Train the family's text-to-image model.", model=kind.__name__)
     latent = dataset.pictures[0].latents[0][None]
-    if model.model.concat_cond(noise=latent, device=torch.device("cpu")) is not None:
+    beside = {"noise": latent, "latent_image": latent, "device": torch.device("cpu")}
+    if kind.__name__ not in BESIDE and model.model.concat_cond(**beside) is not None:
         what = "The model takes a picture beside the noise (inpainting, editing or image-to-video): not trained yet."
         raise TrainingError(what, remedy="Train the family's text-to-image model.", model=kind.__name__)
     for picture in (*dataset.pictures, *dataset.held_out):

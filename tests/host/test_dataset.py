@@ -128,6 +128,22 @@ def test_pictures_and_captions_become_what_the_hosts_own_nodes_make_of_them(run,
     assert found.preview.shape[0] == 1
 
 
+def test_stable_cascades_latents_are_those_of_its_own_node(run, pack):
+    """Stage C's are 42 times smaller than a picture, its encoder's 32."""
+    import comfy.sd
+    from comfy.ldm.cascade.stage_c_coder import StageC_coder
+    from comfy_extras.nodes_stable_cascade import StableCascade_StageC_VAEEncode
+
+    torch.manual_seed(0)
+    vae = comfy.sd.VAE(sd=StageC_coder().state_dict())
+    image = torch.rand(1, 256, 256, 3)
+    condition = [[torch.zeros(1, 77, 8), {}]]
+    found = run(folder="none", images=[image], conditioning=[condition], vae=vae, resolution="256", cache=False)
+    (latent,) = found.dataset.pictures[0].latents
+    wanted = StableCascade_StageC_VAEEncode.execute((image * 255).round() / 255, vae, 42).result[0]["samples"][0]
+    assert torch.equal(latent, wanted) and latent.shape[-2:] == (6, 6)
+
+
 def test_what_was_encoded_once_comes_from_the_disk_bit_for_bit(run, loaded, place, silent):
     made = run(vae=loaded.vae, clip=loaded.clip, mirror=True)
     assert made.report["kept"] == {"latents": [0, 4], "texts": [0, 5]}
@@ -182,7 +198,8 @@ def test_another_vae_or_clip_of_one_other_weight_finds_nothing_of_the_first(run,
     name = next(name for name, each in patcher.model.named_parameters() if each is weight)
     patcher.patches[name] = []
     try:
-        assert run(vae=loaded.vae, clip=loaded.clip).report["kept"][kept][0] == 0
+        found = run(vae=loaded.vae, clip=loaded.clip)
+        assert found.report["kept"][kept][0] == 0 and f"the {part.upper()} is patched" in found.text
     finally:
         patcher.patches.pop(name)
 
@@ -199,6 +216,22 @@ def test_a_cache_that_cannot_be_written_is_told_and_all_goes_on(run, loaded, pla
     assert same(made.dataset, found.dataset)
     (note,) = found.report["notes"]
     assert "the cache cannot be written" in note and str(place.cache) in note and note in found.text
+
+
+def test_a_read_only_cache_is_still_read(run, loaded, place, ours, monkeypatch):
+    run(vae=loaded.vae, clip=loaded.clip)
+    noise(WIDE, 9).save(place.zorps / "0.png")
+    noise(TALL, 9).save(place.zorps / "1.png")
+    tried = []
+
+    def refused(path, *_, **__):
+        tried.append(path)
+        raise ours("lora_ops.errors").FileError("cannot be written: Read-only file system.", file=path)
+
+    monkeypatch.setattr(ours("nodes.host.shelf"), "write", refused)
+    found = run(vae=loaded.vae, clip=loaded.clip)
+    assert found.report["kept"] == {"latents": [2, 4], "texts": [5, 5]} and len(tried) == 1
+    assert "Read-only file system" in found.text
 
 
 def test_a_damaged_file_of_the_cache_is_made_again(run, loaded, place, silent):
@@ -278,10 +311,12 @@ def test_regularisation_pictures_have_a_weight_and_no_trigger_word_and_are_never
     folder = place.input / "dogs" / "3_a dog"
     folder.mkdir(parents=True)
     noise(SQUARE, 20).save(folder / "a.png")
+    (place.input / "dogs" / "0.png").write_text("damaged, and called like one to learn from")
     given = {"vae": loaded.vae, "clip": loaded.clip, "trigger_word": "qx", "repeats": 5, "validation": 0.3}
     found = run(**given, regularisation="dogs", regularisation_weight=0.5)
     (dog,) = (each for each in found.dataset.pictures if each.regularisation)
-    assert (dog.captions, dog.weight, dog.repeats) == (("a dog",), 0.5, 3)
+    assert (dog.name, dog.captions, dog.weight, dog.repeats) == ("dogs/3_a dog/a.png", ("a dog",), 0.5, 3)
+    assert [name for name, _ in found.report["left_out"]] == ["dogs/0.png"]
     others = [each for each in found.dataset.pictures if not each.regularisation]
     assert len(others) == 3 and len(found.dataset.held_out) == 1
     assert all(each.captions[0].startswith("qx, a zorp") and each.repeats == 5 for each in others)
@@ -377,6 +412,8 @@ def test_a_full_path_is_taken_below_the_hosts_folders_and_datasets_may_be_elsewh
     assert folders.listed() == ["none", "zorps", "cats"]
     assert folders.find("cats") == elsewhere
     (place.input / "linked").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(place.input)
+    assert len(folders.listed()) < 12
     assert run(folder="linked", vae=loaded.vae, clip=loaded.clip).report["pictures"] == 1
 
 

@@ -147,9 +147,8 @@ def test_after_a_restart_a_run_is_found_and_gone_on_with(run, runs, host):
     go(run, host, 21, 23)
     before = whole(run)
     runs._runs.clear()  # and what came after the last save is lost
-    assert [each.id for each in runs.known()] == [run.id]
-    (again,) = runs.known()
-    assert (again.summary()["state"], again.summary()["step"]) == ("stopped", 20)
+    (found,) = runs.listed()
+    assert (found["run"], found["state"], found["step"]) == (run.id, "stopped", 20)
     again = runs.begin("5:3", "ink", 120, run.folder, WORKFLOW)
     assert again.id == run.id and runs.find(run.id) is again
     go(again, host, 21, 30)
@@ -174,9 +173,9 @@ def test_training_goes_on_where_its_history_cannot_be_written(run, host):
     (run.folder / "samples").write_text("in the way")
     go(run, host, 1, 3)
     run.sampled(3, [Image.new("RGB", (8, 8))])
-    assert "cannot be written" in host.events[-1]["trouble"] and host.events[-1]["samples"] == []
+    assert "not kept on disk" in host.events[-1]["trouble"] and host.events[-1]["samples"] == []
     run.ended("done", "kept")
-    assert "cannot be written" in host.events[-1]["trouble"] and host.events[-1]["state"] == "done"
+    assert "not kept on disk" in host.events[-1]["trouble"] and host.events[-1]["state"] == "done"
     assert str(run.folder) not in json.dumps(host.events)
 
 
@@ -186,7 +185,7 @@ def test_a_history_that_cannot_be_read_hides_no_other(run, runs, host):
         (runs.root() / name).mkdir()
         (runs.root() / name / "history.json").write_text(content)
     runs._runs.clear()
-    assert [each.id for each in runs.known()] == [run.id]
+    assert [each["run"] for each in runs.listed()] == [run.id]
     begun = runs.begin("1", "list", 10, runs.root() / "list", None)
     go(begun, host, 1, 2)
     assert begun.told(0)["step"] == 2

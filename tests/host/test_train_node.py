@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -24,7 +25,7 @@ def parts(ours):
         course, sitting, runs = ours("nodes.host.course"), ours("nodes.host.sitting"), ours("nodes.host.runs")
         settings, folder = ours("lora_ops.train.settings"), ours("lora_ops.train.keeping")
         dataset, errors, nodes = ours("lora_ops.train.dataset"), ours("lora_ops.errors"), ours("nodes.training")
-        training, patching = ours("nodes.host.training"), ours("nodes.host.patching")
+        recipes = ours("lora_ops.train.recipes")
 
     return Modules
 
@@ -38,11 +39,11 @@ def output(tmp_path, monkeypatch):
     return tmp_path
 
 
-def conditioning(width=768, pooled=0, seed=0):
+def conditioning(width, pooled, seed=0):
     return [[noise(1, 7, width, seed=seed), {"pooled_output": noise(1, pooled, seed=seed + 1) if pooled else None}]]
 
 
-def dataset(parts, shape=(4, 8, 8), width=768, pooled=0, pictures=2, held_out=0):
+def dataset(parts, shape=(16, 8, 8), width=64, pooled=768, pictures=2, held_out=0):
     def picture(number):
         latent, condition = noise(*shape, seed=number), conditioning(width, pooled, number)
         return parts.dataset.Picture(f"{number}.png", (latent,), (condition,), captions=("ink, red",), size=(64, 64))
@@ -55,10 +56,12 @@ def seated(parts, output, model=None, data=None, name="ink", **settings):
     chosen = {"steps": 4, "learning_rate": 3e-2, "rank": 4, "alpha": 4.0, **EVERY}
     settings = parts.settings.Settings(**chosen | settings)
     with torch.inference_mode():
-        wires = parts.course.Wires(model or inside.model("sd15"), data or dataset(parts))
+        wires = parts.course.Wires(model or inside.model("flux"), data or dataset(parts))
         course = parts.course.Course(settings, wires)
         folder = parts.folder.Folder(output / "lora_ops" / name)
-        return parts.sitting.Sitting(course, folder, "7", {"version": 1, "node": "7", "prompt": {}})
+        inputs = {name: value for name, value in dataclasses.asdict(settings).items()}
+        prompt = {"7": {"class_type": "LoraOpsTrain", "inputs": inputs}}
+        return parts.sitting.Sitting(course, folder, "7", parts.recipes.recipe(prompt, "7", course.wires.dataset))
 
 
 def carried_out(*args, **more):
@@ -68,7 +71,7 @@ def carried_out(*args, **more):
 
 
 def test_a_run_leaves_its_lora_its_samples_and_how_it_was_made(parts, output):
-    model = inside.model("sd15")
+    model = inside.model("flux")
     found = carried_out(parts, output, model)
     folder = output / "lora_ops" / "ink"
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()) == [
@@ -175,7 +178,17 @@ def test_begun_anew_the_earlier_run_is_kept_under_another_name(parts, output):
     kept = output / "lora_ops" / "ink (1)" / "ink.safetensors"
     assert kept.exists() and not same(kept, first.data["path"])
     with pytest.raises(parts.errors.TrainingError, match="seed"):
-        carried_out(parts, output, steps=2, seed=2)
+        carried_out(parts, output, steps=2, sample_every=0, seed=2)
+
+
+def test_a_finished_run_does_not_pass_for_one_of_other_pictures_or_settings(parts, output):
+    carried_out(parts, output, steps=1, sample_every=0)
+    with pytest.raises(parts.errors.TrainingError, match=r"have changed since: learning_rate\. Raise steps"):
+        carried_out(parts, output, steps=1, sample_every=0, learning_rate=1e-3)
+    with pytest.raises(parts.errors.TrainingError, match="have changed since: pictures"):
+        carried_out(parts, output, steps=1, sample_every=0, data=dataset(parts, pictures=3))
+    found = carried_out(parts, output, steps=2, sample_every=0, data=dataset(parts, pictures=3), sample_seed=3)
+    assert found.data["notes"] == ["changed from step 1 on: pictures"]
 
 
 def test_the_best_by_the_held_out_pictures_is_kept(parts, output):
@@ -185,7 +198,8 @@ def test_the_best_by_the_held_out_pictures_is_kept(parts, output):
 
 
 def test_the_file_says_how_it_was_trained(parts, output):
-    found = carried_out(parts, output, steps=2, sample_every=0, rank=4, alpha=2.0)
+    model, data = inside.model("sd15"), dataset(parts, (4, 8, 8), 768, 0)
+    found = carried_out(parts, output, model, data, steps=2, sample_every=0, alpha=2.0)
     told = metadata(found.data["path"])
     assert {key: told[key] for key in ("ss_steps", "ss_network_dim", "ss_network_alpha", "ss_base_model_version")} == {
         "ss_steps": "2",
@@ -200,10 +214,10 @@ def test_the_file_says_how_it_was_trained(parts, output):
 
 @pytest.mark.parametrize("adapter", ["rs-lora", "lokr"])
 def test_the_hosts_own_loader_makes_the_same_model_of_the_file(parts, output, adapter):
-    """Of a DoRA and of an OFT per input it does not: tests/host/test_dora_oft.py."""
+    """Of parts of fused weights, too. Of a DoRA and of an OFT per input it does not: tests/host/test_dora_oft.py."""
     import comfy.sd
 
-    model = inside.model("sd15")
+    model = inside.model("flux")
     choice = {"key": adapter, "initial": "gaussian"} if adapter == "rs-lora" else {"key": adapter}
     found = carried_out(parts, output, model, steps=2, adapter=choice, alpha=4.0, sample_every=0)
     ours = inside.run(found.model)
@@ -218,3 +232,79 @@ def test_a_rehearsal_tells_memory_and_time_and_leaves_nothing(parts, output):
         found = sitting.course.rehearsed()
     assert found["activations"] > 0 and found["parameters"] > 0 and found["seconds"] > 0
     assert not (output / "lora_ops").exists()
+
+
+# family -> width of its text, of its pooled text, a latent, its preset's title, weighting, guidance
+FAMILIES = {
+    "sd15": (768, 0, (4, 8, 8), "Stable Diffusion 1.5", "min_snr", None),
+    "sdxl": (2048, 1280, (4, 8, 8), "Stable Diffusion XL", "min_snr", None),
+    "sd35_medium": (64, 32, (16, 16, 16), "Stable Diffusion 3.5 medium", "constant", None),
+    "flux": (64, 768, (16, 16, 16), "FLUX.1", "constant", 1.0),
+    "flux2": (64, 0, (128, 8, 8), "FLUX.2 dev", "constant", 1.0),
+    "flux2_klein": (64, 0, (128, 8, 8), "FLUX.2 klein", "constant", None),
+    "wan_t2v": (32, 0, (16, 1, 16, 16), "Wan 2.1 or 2.2", "constant", None),
+    "qwen_image": (64, 0, (16, 1, 16, 16), "Qwen-Image", "constant", None),
+    "z_image": (64, 0, (16, 16, 16), "Z-Image", "constant", None),
+    "cascade_c": (1280, 1280, (16, 16, 16), "Stable Cascade, stage C", "constant", None),
+}
+
+
+def course(parts, family, data=None, **settings):
+    width, pooled, shape = FAMILIES[family][:3]
+    with torch.inference_mode():
+        data = data or dataset(parts, shape, width, pooled, pictures=1)
+        settings = parts.settings.Settings(**{"sample_every": 0, "rank": 4, "alpha": 4.0} | settings)
+        model = inside.model(family)
+        for name, buffer in model.model.diffusion_model.named_buffers():
+            buffer.copy_(torch.zeros_like(buffer)) if name == "pos_embed" else None  # else it is uninitialised
+        return parts.course.Course(settings, parts.course.Wires(model, data))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_is_what_the_familys_trainers_recommend_and_a_step_is_made_with_it(parts, ours, family):
+    title, weighting, guidance = FAMILIES[family][3:]
+    timesteps = ours("lora_ops.train.timesteps").RECOMMENDED
+    made = course(parts, family, preset=title)
+    assert made.plan.timesteps == timesteps["wan" if family == "wan_t2v" else family]
+    assert made.plan.objective.weighting == weighting
+    told = [condition[0][1].get("guidance") for condition in made.items[0].conditions]
+    assert told == [guidance]
+    losses = []
+    with torch.inference_mode():
+        plan = dataclasses.replace(made.plan, steps=1)
+        made.model.learn(plan, made.items, name="ink", stepped=lambda done, _: losses.append(done.loss))
+    assert len(losses) == 1 and 0 < losses[0] < float("inf")
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(parts, ours):
+    def refused(match, family="sd15", **settings):
+        with pytest.raises(parts.errors.LoraOpsError, match=match):
+            course(parts, family, **settings)
+
+    refused("is for FLUX.1; the model is Stable Diffusion 1.5", preset="FLUX.1")
+    refused("sample_prompts need a text encoder", sample_every=1, sample_prompts="a cat")
+    refused("need a negative", sample_every=1, sample_cfg=4.0)
+    refused("OFT has none", adapter={"key": "oft"}, alpha=8.0)
+    refused("has no rank", targets={"key": "selectors", "selectors": "role:attn=much"})
+    refused("chooses nothing", targets={"key": "selectors", "selectors": "double_blocks.0=4"})
+    refused("is for models that predict noise or v", "flux", objective={"key": "min-snr", "gamma": 5.0})
+    refused("takes no shift", timesteps={"key": "uniform", "shift": 3.0})
+    edited = dataset(parts, (4, 8, 8), 768, 0)
+    edited.pictures[0].conditions[0][0][1]["reference_latents"] = [noise(1, 4, 8, 8)]
+    refused("pictures to edit", data=edited)
+    refused("video of 3 latent frames", "wan_t2v", data=dataset(parts, (16, 3, 16, 16), 32))
+
+
+def test_models_that_need_more_than_noise_and_text_are_refused_by_name(parts):
+    import comfy.model_base
+
+    inpainting, vace = inside.model("sd15"), inside.model("wan_t2v")
+    inpainting.model.set_inpaint()
+    vace.model.__class__ = comfy.model_base.WAN21_Vace
+    for each, data, match in (
+        (inpainting, dataset(parts, (4, 8, 8), 768, 0), "inpainting"),
+        (inside.model("wan"), dataset(parts, (16, 1, 16, 16), 4096), "image-to-video"),
+        (vace, dataset(parts, (16, 1, 16, 16), 32), "VACE"),
+    ):
+        with pytest.raises(parts.errors.TrainingError, match=match), torch.inference_mode():
+            parts.course.Course(parts.settings.Settings(), parts.course.Wires(each, data))

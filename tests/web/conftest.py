@@ -54,14 +54,9 @@ def server() -> Iterator[Server]:
     if path is None:
         pytest.skip("ComfyUI not found: set COMFYUI_PATH")
     running = Server(path, models=small.cached(path, "sd15"))
-    with with_stand_in(running):
+    link(Path(__file__).with_name("stand_in.py"), running.base / "custom_nodes" / "stand_in.py")
+    with running:
         yield running
-
-
-def with_stand_in(server: Server) -> Server:
-    """The server, not yet started, with a node that stands for training."""
-    link(Path(__file__).with_name("stand_in.py"), server.base / "custom_nodes" / "stand_in.py")
-    return server
 
 
 @pytest.fixture(scope="module", params=RENDERERS)

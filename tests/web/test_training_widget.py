@@ -1,28 +1,33 @@
-"""A training run on its node, as hands and eyes have it: live, in a second tab, cancelled, and after a restart."""
+"""A training run on its node, as hands and eyes have it: live, in two tabs, reloaded, cancelled, and gone on with after
+the server that began it is gone."""
 
 from __future__ import annotations
 
 import json
-import shutil
+import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from harness import comfy
-from harness.server import Server
-from tests.web.conftest import RENDERERS, with_stand_in
-from tests.web.page import Page
+from harness.server import MOUNT, Server
+from lora_ops.train.history import History
+from lora_ops.train.loop import Progress
+from tests.web.conftest import RENDERERS
+from tests.web.page import PATIENCE, READY, Page
 
+HISTORY = f"/extensions/{MOUNT}/history.js"
 PANEL = ".lora_ops_training"
 SAMPLE = ".lora_ops_sample"
 GRAPH = """
     const node = LiteGraph.createNode("LoraOpsStandIn");
     app.graph.add(node);
-    node.widgets[0].value = "ink";
+    node.widgets[0].value = given[0];
     node.widgets[1].value = 100;
     node.pos = [350, 90];
-    return app.graph.serialize();
+    return {...app.graph.serialize(), id: given[1]};
 """
 LOAD = """
     await app.loadGraphData(given[0], true);
@@ -51,16 +56,26 @@ SHOWN = f"""
 """
 SHOWS = f"const shown = (() => {{{SHOWN}}})(); return Object.entries(given[0]).every(([name, value]) => \
 JSON.stringify(shown?.[name]) === JSON.stringify(value)) && shown;"
-LARGE = f"const image = document.querySelector('{SAMPLE} img'); return image?.naturalWidth === 256 && image.alt;"
+LARGE = f"const image = document.querySelector('{SAMPLE} img'); return image?.naturalWidth === 64 && image.alt;"
+HEARD = """
+    window.comfyAPI.api.api.addEventListener("lora_ops.train", ({detail}) => {window.heard = detail.state;});
+"""
+PURE = """
+    const {duration, loss, merged, range, size, speed, thinned, ticks, upTo} = await import(given[0]);
+    const none = {validations: [], samples: [], resumed: []};
+    const RUN = {run: "a", began: 1, at: 5, points: [[1, 9], [2, 8]], saves: [[1, false], [2, false]], ...none};
+    const news = (what) => ({run: "a", began: 1, at: 6, points: [], saves: [], ...none, ...what});
+"""
+SPOKEN = "step 40 · saved · best, loss 0.0250, smoothed 0.0275, validation 0.0250"
+END, ENTER, LEFT, ESCAPE = "\ue010", "\ue007", "\ue012", "\ue00c"
 ON: list[str] = ["sample", "save", "finish"]
 OFF: list[str] = []
 
 
 class Tab(Page):
-    """A window of its own with a workflow in it."""
+    """A window of its own."""
 
     def __init__(self, driver: Any, server: Server, *, nodes2: bool):
-        self.workflow: dict[str, Any] = {}
         driver.switch_to.new_window("window")
         self._window = driver.current_window_handle
         super().__init__(driver, server, nodes2=nodes2)
@@ -73,42 +88,49 @@ class Tab(Page):
         self.driver.switch_to.window(self._window)
         return super().wait(script, *given)
 
-    def shows(self, **expected: Any) -> dict[str, Any]:
-        """What the panel shows, once it shows this."""
+    def new(self, name: str, workflow: str) -> dict[str, Any]:
+        """A workflow of this id with a node that stands for training."""
+        self.clear()
+        return self.run(GRAPH, name, workflow)
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        self.run(LOAD, workflow)
+
+    def reload(self) -> None:
+        self.driver.switch_to.window(self._window)
+        self.driver.refresh()
+        self.wait(READY)
+        self.clear()
+
+    def start(self) -> None:
+        """Queues the workflow and does not wait for it."""
+        self.run("await app.queuePrompt(0, 1);")
+
+    def shows(self, **expected: Any) -> None:
+        """Waits until the panel shows this."""
         from selenium.common.exceptions import TimeoutException
 
         try:
-            return self.wait(SHOWS, expected)
+            self.wait(SHOWS, expected)
         except TimeoutException as error:
             raise AssertionError(f"{expected} is never shown: {self.run(SHOWN)}") from error
 
     def press(self, selector: str) -> None:
         self.wait("return document.querySelector(given[0])", f"{PANEL} {selector}").click()
 
-    def keys(self, *keys: str) -> None:
+    def keys(self, selector: str, *keys: str) -> None:
+        """Types where the focus is put first."""
         from selenium.webdriver.common.action_chains import ActionChains
 
+        self.run("document.querySelector(given[0]).focus();", selector)
         ActionChains(self.driver).send_keys(*keys).perform()
 
-    def start(self) -> None:
-        """Queues the workflow and does not wait for it."""
-        self.run("await app.queuePrompt(0, 1);")
 
-
-def opened(browser: Any, server: Server, renderer: str, workflow: dict[str, Any] | None = None) -> Tab:
-    """A tab with this workflow, or a new one."""
-    tab = Tab(browser, server, nodes2=renderer == "nodes2")
-    tab.clear()
-    tab.workflow = workflow or tab.run(GRAPH)
-    tab.run(LOAD, tab.workflow)
-    return tab
-
-
-@pytest.fixture
-def windows(browser) -> Iterator[None]:
-    """What a test opens is closed."""
+@pytest.fixture(scope="module")
+def tabs(browser, server) -> Iterator[dict[str, Tab]]:
+    """One in each renderer, at the same time."""
     first = browser.current_window_handle
-    yield
+    yield {renderer: Tab(browser, server, nodes2=renderer == "nodes2") for renderer in RENDERERS}
     for window in browser.window_handles:
         if window != first:
             browser.switch_to.window(window)
@@ -116,20 +138,43 @@ def windows(browser) -> Iterator[None]:
     browser.switch_to.window(first)
 
 
-@pytest.fixture(scope="module")
-def left(tmp_path_factory):
-    """What the first server leaves on the disk when it dies in the middle of a run, for the second one."""
-    return {"base": tmp_path_factory.mktemp("restarted")}
+@pytest.fixture
+def allow(server) -> Iterator[Any]:
+    """allow(step) lets runs go as far as this step. None goes on after the test."""
+    yield lambda step: server.request(f"/lora_ops_stand_in/{step}", {})
+    deadline = time.monotonic() + PATIENCE
+    while server.json("/queue")["queue_running"]:
+        assert time.monotonic() < deadline, "a run cannot be interrupted"
+        server.request("/interrupt", {})
+        time.sleep(0.05)
 
 
-def allow(server: Server, step: int) -> None:
-    server.request(f"/lora_ops_stand_in/{step}", {})
+@pytest.fixture
+def gone(server) -> str:
+    """The id of a workflow in which a server that is gone had done 40 of 100 steps of the run `gone`."""
+    workflow, folder = str(uuid.uuid4()), server.base / "output" / "lora_ops" / "gone"
+    (folder / "samples").mkdir(parents=True)
+    (folder / "state").write_text("40")
+    history = History("gone", 100, "1", workflow, 1.5)
+    for step in range(1, 41):
+        looked = step % 20 == 0
+        validation = 1 / step if looked else None
+        history.stepped(Progress(step, 100, 1 / step, 1.1 / step, 1e-4, 0.5, validation, looked), 5)
+        if looked:
+            history.saved(step, f"gone-{step:06}.safetensors", True)
+            history.sampled(step, 1, step)
+            Image.new("RGB", (64, 64), (step, 0, 0)).save(folder / "samples" / f"{step:06}_0.png")
+    history.write(folder)
+    return workflow
 
 
-def test_a_run_is_seen_live_and_in_a_second_tab_and_can_be_told_what_to_do(browser, server, windows, left):
-    classic = opened(browser, server, "classic")
-    left["workflow"] = classic.workflow
-    allow(server, 45)
+def test_a_run_is_seen_live_in_every_tab_and_does_what_it_is_told(server, tabs, allow):
+    classic, nodes2 = both = list(tabs.values())
+    workflow = classic.new("ink", str(uuid.uuid4()))
+    classic.load(workflow)
+    nodes2.clear()
+    nodes2.load(workflow)
+    allow(45)
     classic.start()
     seen = {
         "state": "Training",
@@ -142,57 +187,89 @@ def test_a_run_is_seen_live_and_in_a_second_tab_and_can_be_told_what_to_do(brows
         "buttons": ON,
         "fits": True,
     }
-    classic.shows(**seen)
-
-    nodes2 = opened(browser, server, "nodes2", classic.workflow)  # as after a reload
+    for tab in both:
+        tab.shows(**seen)
+    nodes2.reload()
+    nodes2.load(workflow)
     nodes2.shows(**seen)
-    shutil.copytree(server.base / "output" / "lora_ops", left["base"] / "output" / "lora_ops")
-
+    nodes2.load(workflow)  # under the same id: Nodes 2.0 would go on showing the element of the node that is gone
     nodes2.press("[data-want=sample]")
-    both = [nodes2, classic]
     for tab in both:
         tab.shows(samples=[20, 40, 45], drawn=6, note="Sampled at step 45", buttons=ON)
     classic.press("[data-want=save]")
     for tab in both:
         tab.shows(saves=[20, 40, 45], note="Saved ink-000045.safetensors", buttons=ON)
-
-    for tab in both:  # by keyboard: the values of the last step, and a sample, large, and the one before it
-        tab.run(f"document.querySelector('{PANEL} .curve').focus();")
-        tab.keys("\ue010")  # End
-        tab.wait(f"return document.querySelector('{PANEL} .spoken').textContent.startsWith('step 45 · saved, loss 0.')")
-        tab.run(f"document.querySelector('{PANEL} .column:last-child button').focus();")
-        tab.keys("\ue007")  # Enter
-        large = (
-            "const image = document.querySelector(given[0] + ' img'); return image?.naturalWidth === 256 && image.alt"
-        )
-        assert tab.wait(large, SAMPLE) == "Sample: Step 45 · picture 1 of 2"
-        tab.keys("\ue012", "\ue015")  # left, down
-        tab.wait(f"return document.querySelector('{SAMPLE} .caption').textContent === 'Step 40 · picture 2 of 2'")
-        tab.keys("\ue00c")  # Escape
-        tab.wait(f"return !document.querySelector('{SAMPLE}') && document.activeElement.closest('.column')")
-
-    saved = nodes2.run("return {workflow: app.graph.serialize(), prompt: (await app.graphToPrompt()).output};")
-    assert saved["workflow"]["nodes"][0]["widgets_values"] == ["ink", 100]
-    assert saved["prompt"]["1"]["inputs"] == {"name": "ink", "steps": 100} and "Training" not in json.dumps(saved)
-
     server.request("/interrupt", {})
     for tab in both:
         note = "Cancelled at step 45. Queue the node again to go on from there."
         tab.shows(state="Cancelled", note=note, buttons=OFF, points=[45, 45, 2], fits=True)
-        assert [each for each in tab.console() if "lora_ops" in each] == []
+        assert [each for each in tab.console() if MOUNT in each] == []
 
 
-def test_after_a_restart_a_run_is_shown_as_it_was_gone_on_with_and_finished_early(browser, windows, left):
-    with with_stand_in(Server(comfy.find(), left["base"])) as server:
-        both = [opened(browser, server, renderer, left["workflow"]) for renderer in RENDERERS]
-        for tab in both:
-            stopped = "Stopped: the server ended while it ran"
-            tab.shows(state=stopped, step="40/100 steps", points=[40, 40, 2], samples=[20, 40], drawn=4, buttons=OFF)
-        allow(server, 50)
-        both[1].start()
-        for tab in both:
-            tab.shows(state="Training", step="50/100 steps", points=[50, 50, 2], resumed=1, saves=[20, 40], buttons=ON)
-        both[0].press("[data-want=finish]")
-        for tab in both:
-            note = "Finished early at step 50: ink.safetensors is in output/lora_ops."
-            tab.shows(state="Finished early", note=note, buttons=OFF, step="50/100 steps", fits=True)
+def test_what_a_server_that_is_gone_began_is_shown_gone_on_with_and_finished_early(tabs, allow, gone):
+    classic, nodes2 = both = list(tabs.values())
+    workflow = classic.new("gone", gone)
+    for tab in both:
+        tab.clear()
+        tab.load(workflow)
+        note = "The server ended while it ran. Queue the node again to go on."
+        tab.shows(state="Stopped", note=note, step="40/100 steps", points=[40, 40, 2], drawn=2, buttons=OFF)
+    for tab in both:  # by keyboard: the values of the last step, and a sample, large, and the one before it
+        tab.keys(f"{PANEL} .curve", END)
+        tab.wait(f"return document.querySelector('{PANEL} .spoken').textContent === given[0]", SPOKEN)
+        tab.keys(f"{PANEL} .column:last-child button", ENTER)
+        assert tab.wait(LARGE) == "Sample: Step 40"
+        tab.keys(f"{SAMPLE} .turn", LEFT)
+        tab.wait(f"return document.querySelector('{SAMPLE} .caption').textContent === 'Step 20'")
+        tab.keys(f"{SAMPLE} .turn:enabled", ESCAPE)
+        tab.wait(f"return !document.querySelector('{SAMPLE}') && document.activeElement.closest('.column')")
+    saved = nodes2.run("return {workflow: app.graph.serialize(), prompt: (await app.graphToPrompt()).output};")
+    assert saved["workflow"]["nodes"][0]["widgets_values"] == ["gone", 100]
+    assert saved["prompt"]["1"]["inputs"] == {"name": "gone", "steps": 100} and "Stopped" not in json.dumps(saved)
+    allow(50)
+    nodes2.start()
+    for tab in both:
+        tab.shows(state="Training", step="50/100 steps", points=[50, 50, 2], resumed=1, saves=[20, 40], buttons=ON)
+    nodes2.new("other", str(uuid.uuid4()))  # which has a node of the same id
+    nodes2.run(HEARD)
+    classic.press("[data-want=finish]")
+    note = "Finished early at step 50: gone.safetensors is in output/lora_ops."
+    classic.shows(state="Finished early", note=note, buttons=OFF, step="50/100 steps", fits=True)
+    nodes2.wait("return window.heard === 'finished'")
+    assert nodes2.run(SHOWN) is None
+    nodes2.load(workflow)
+    nodes2.shows(state="Finished early", note=note, buttons=OFF, step="50/100 steps", fits=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        ("duration(725.4)", "12:05"),
+        ("duration(3725)", "1:02:05"),
+        ("speed(1.94)", "1.9 it/s"),
+        ("speed(0.24)", "4.2 s/it"),
+        ("loss(0.0814)", "0.0814"),
+        ("loss(0.00042)", "4.2e-4"),
+        ("loss(null)", "–"),
+        ("size(11.2e9)", "11.2 GB"),
+        ("ticks(0, 0.9, 4)", [0, 0.2, 0.4, 0.6, 0.8]),
+        ("ticks(0.04, 2, 4, true)", [0.05, 0.1, 0.2, 0.5, 1, 2]),
+        ("ticks(0.0011, 0.0019, 4, true)", [0.0012, 0.0014, 0.0016, 0.0018]),
+        ("upTo([[1], [3], [5]], 4)", [3]),
+        ("upTo([[3]], 2) ?? null", None),
+        ("thinned([[1, 0], [2, 9], [3, 0], [4, -9], [5, 0], [6, 0]], 4)", [[1, 0], [2, 9], [4, -9], [6, 0]]),
+        ("range({points: [[1, 5, 2], [2, null, 3]], validations: [[2, 1]]}, false)", [0.76, 5.24]),
+        ("merged(RUN, news({since: 2, points: [[3, 7]], saves: [[3]]})).points", [[1, 9], [2, 8], [3, 7]]),
+        ("merged(RUN, news({since: 1, points: [[2, 5]]})).points", [[1, 9], [2, 5]]),
+        ("merged(RUN, news({since: 2, saves: [[2, true]]})).saves", [[1, False], [2, True]]),
+        ("merged(RUN, news({since: 1})).saves", []),
+        ("merged(RUN, news({since: 3}))", None),
+        ("merged(null, news({since: 1}))", None),
+        ("merged(RUN, news({since: 0, points: [[1, 1]]})).points", [[1, 1]]),
+        ("merged(RUN, news({since: 1, began: 2}))", None),
+        ("merged(RUN, news({since: 1, run: 'b'}))", None),
+        ("merged(RUN, news({since: 0, at: 1})) === RUN", True),
+    ],
+)
+def test_what_is_known_of_a_run_and_how_it_is_told(tabs, call, found):
+    assert tabs["classic"].run(PURE + f"return {call};", HISTORY) == found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_ops.train.buckets import LONGEST, Size, box, bucket, lost, sizes
@@ -15,6 +15,7 @@ PICTURES = st.builds(Size, SIDES, SIDES)
 RESOLUTIONS = st.sampled_from([(512, 64), (768, 32), (1024, 64), (64, 64)])
 
 
+@settings(deadline=None)
 @given(PICTURES, RESOLUTIONS, st.booleans(), st.booleans())
 def test_a_bucket_has_sides_of_steps_and_no_more_pixels_than_the_resolution(picture, resolution, aspects, enlarge):
     side, step = resolution
@@ -28,6 +29,7 @@ def test_a_bucket_has_sides_of_steps_and_no_more_pixels_than_the_resolution(pict
         assert found.height <= picture.height and found.width <= picture.width
 
 
+@settings(deadline=None)
 @given(PICTURES, RESOLUTIONS)
 def test_what_is_cut_out_is_inside_the_picture_in_its_middle_and_of_the_buckets_shape(picture, resolution):
     found = bucket(picture, *resolution, enlarge=True)
@@ -39,6 +41,7 @@ def test_what_is_cut_out_is_inside_the_picture_in_its_middle_and_of_the_buckets_
     assert 0 <= lost(picture, found) + 1e-9 < 1
 
 
+@settings(deadline=None)
 @given(PICTURES, RESOLUTIONS)
 def test_a_turned_picture_has_a_turned_bucket(picture, resolution):
     found = bucket(picture, *resolution, enlarge=True)

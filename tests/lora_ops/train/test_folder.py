@@ -107,6 +107,7 @@ def test_any_change_of_a_folder_changes_its_fingerprint(put):
         lambda: (folder / "a.png").write_bytes(b"other"),
         lambda: (folder / "5_x" / "b.png").unlink(),
         lambda: put("masks/5_x/b.png"),
+        lambda: (folder / "masks" / "5_x" / "b.png").write_bytes(b"another"),
     ):
         change()
         seen.append(fingerprint(folder))

@@ -1,0 +1,57 @@
+"""Recipes: what a run is made with, as the host's API takes it, and what is different in another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .dataset import Dataset
+
+VERSION = 1
+# Inputs of the node that trains which change nothing of what is learned in a step.
+HARMLESS = ("name", "steps", "vae", "sample_", "save_every", "validate_every", "resume", "dry_run")
+
+
+def recipe(prompt: Mapping[str, Any], node: str, dataset: Dataset) -> dict[str, Any]:
+    """prompt is the node that trains and all that it needs."""
+    return {"version": VERSION, "node": node, "prompt": prompt, "pictures": _hash(dataset)}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The inputs by which one recipe would learn otherwise, and "pictures" for other ones. What nodes are called in a
+    workflow makes no difference."""
+    one, other = _inputs(before), _inputs(now)
+    names = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
+    found = sorted(name for name in names if not name.startswith(HARMLESS))
+    return found + (["pictures"] if before.get("pictures") != now.get("pictures") else [])
+
+
+def _inputs(recipe: Mapping[str, Any]) -> dict[str, str]:
+    prompt, known = recipe["prompt"], dict[str, str]()
+
+    def meaning(value: Any) -> str:
+        if not (isinstance(value, list) and len(value) == 2 and value[0] in prompt):
+            return json.dumps(value, sort_keys=True)
+        name, output = value
+        if name not in known:
+            known[name] = ""  # of a circle, which no host runs
+            told = {each: meaning(there) for each, there in prompt[name]["inputs"].items()}
+            text = json.dumps([prompt[name]["class_type"], told], sort_keys=True)
+            known[name] = hashlib.sha256(text.encode()).hexdigest()
+        return f"{known[name]}/{output}"
+
+    return {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
+
+
+def _hash(dataset: Dataset) -> str:
+    found = hashlib.sha256(repr((dataset.dropout, len(dataset.pictures))).encode())
+    for picture in (*dataset.pictures, *dataset.held_out):
+        found.update(repr((picture.captions, picture.repeats, picture.weight)).encode())
+        for tensor in (*picture.latents, *picture.masks):
+            found.update(repr((tensor.shape, tensor.dtype)).encode())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()

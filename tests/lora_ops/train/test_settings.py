@@ -1,0 +1,115 @@
+"""What a person chooses, as the plan that it means."""
+
+from __future__ import annotations
+
+import pytest
+
+from lora_ops.dialects import published_map
+from lora_ops.errors import LoraOpsError
+from lora_ops.families import FAMILIES
+from lora_ops.train.presets import Chosen
+from lora_ops.train.recipes import differences
+from lora_ops.train.settings import Settings, aims
+from lora_ops.train.timesteps import Timesteps
+
+CHOSEN = Chosen("FLUX.1", "constant", Timesteps("logit_normal"), 1.0, 1.0, "simple")
+
+
+@pytest.fixture(scope="module")
+def flux():
+    return published_map(next(family for family in FAMILIES if family.name == "flux"))
+
+
+def told(found):
+    return [(aim.pattern and aim.pattern.text, aim.rank, aim.alpha) for aim in found]
+
+
+def test_selectors_have_ranks_of_their_own_and_alpha_keeps_its_ratio(flux):
+    chosen = {"key": "selectors", "selectors": "role:attn, *.to_k=4\nrole:mlp = 32, double_blocks.0=0"}
+    found = aims(chosen, 16, 8.0, flux)
+    assert told(found) == [
+        ("role:attn", 16, 8.0),
+        ("*.to_k", 4, 2.0),
+        ("role:mlp", 32, 16.0),
+        ("double_blocks.0", 0, 8.0),
+    ]
+    assert told(aims(chosen, 16, None, flux))[1] == ("*.to_k", 4, None)
+
+
+@pytest.mark.parametrize("text", ["", " , ", "role:attn=1.5", "role:attn=-1", "role:attn=x", "role:nothing=4", "=4"])
+def test_what_is_no_selector_with_a_rank_is_refused(flux, text):
+    with pytest.raises(LoraOpsError):
+        aims({"key": "selectors", "selectors": text}, 16, 16.0, flux)
+
+
+def test_a_choice_of_roles_is_of_those_that_the_model_has(flux):
+    assert told(aims({"key": "attention"}, 8, 8.0, flux)) == [(None, 8, 8.0)]
+    assert [text for text, _, _ in told(aims({"key": "attention and mlp"}, 8, 8.0, flux))] == ["role:attn", "role:mlp"]
+    places = [
+        len(Settings(targets={"key": key}).plan(CHOSEN, flux).places(flux))
+        for key in ("attention", "attention and mlp", "all")
+    ]
+    assert places == sorted(places) and len(set(places)) == 3
+
+
+def test_every_setting_reaches_the_plan(flux):
+    settings = Settings(
+        steps=7,
+        batch=2,
+        accumulation=3,
+        learning_rate=0.5,
+        rank=8,
+        alpha=4.0,
+        adapter={"key": "rs-lora", "initial": "orthogonal"},
+        optimizer={"key": "lion", "weight_decay": 0.2, "lora_plus": 4.0},
+        schedule={"key": "cosine_with_restarts", "warmup": 5, "cycles": 3},
+        objective={"key": "min-snr", "gamma": 3.0},
+        loss={"key": "huber", "huber_c": 0.3, "huber_schedule": "constant"},
+        timesteps={"key": "logit-normal", "mean": 0.1, "deviation": 0.9, "shift": 2.0},
+        text_encoder={"key": "on", "learning_rate": 0.25},
+        save_every=11,
+        validate_every=13,
+        seed=17,
+        precision="bf16",
+        ema=0.9,
+        dropout=0.1,
+        clip_norm=2.0,
+        noise_offset=0.05,
+    )
+    plan = settings.plan(CHOSEN, flux)
+    assert (plan.steps, plan.batch, plan.accumulate, plan.seed, plan.save_every, plan.validate_every) == (
+        7,
+        2,
+        3,
+        17,
+        11,
+        13,
+    )
+    assert (plan.algebra, plan.initial, plan.rank_stabilised) == ("lora", "orthogonal", True)
+    assert (plan.ema, plan.dropout, plan.clip, str(plan.autocast)) == (0.9, 0.1, 2.0, "torch.bfloat16")
+    assert told(plan.aims) == told(plan.text_aims) == [(None, 8, 4.0)]
+    descent, objective = plan.descent, plan.objective
+    assert (descent.optimizer, descent.rate, descent.text_rate, descent.weight_decay) == ("lion", 0.5, 0.25, 0.2)
+    assert (descent.up_factor, descent.schedule, descent.warmup) == (4.0, "cosine_with_restarts", 5)
+    assert descent.schedule_options == {"num_cycles": 3}
+    assert (objective.weighting, objective.gamma, objective.noise_offset) == ("min_snr", 3.0, 0.05)
+    assert (objective.loss, objective.huber_c, objective.huber_schedule) == ("huber", 0.3, "constant")
+    assert plan.timesteps == Timesteps("logit_normal", 0.1, 0.9, 2.0)
+    assert Settings().plan(CHOSEN, flux).timesteps is CHOSEN.timesteps
+    prodigy = Settings(optimizer={"key": "prodigy", "weight_decay": 0.0, "d_coef": 2.0}).plan(CHOSEN, flux).descent
+    assert prodigy.options == {"d_coef": 2.0}
+
+
+def test_recipes_differ_by_what_is_learned_and_not_by_what_nodes_are_called():
+    def recipe(names, **inputs):
+        load, train = names
+        prompt = {
+            load: {"class_type": "Load", "inputs": {"file": inputs.pop("file", "a")}},
+            train: {"class_type": "LoraOpsTrain", "inputs": {"model": [load, 0], "rank": 4, **inputs}},
+        }
+        return {"prompt": prompt, "node": train, "pictures": "x"}
+
+    one = recipe(("1", "2"), steps=4)
+    assert differences(one, recipe(("7", "9"), steps=8, sample_every=3)) == []
+    assert differences(one, recipe(("1", "2"), file="b", rank=8)) == ["model", "rank"]
+    assert differences(one, one | {"pictures": "y"}) == ["pictures"]
