@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
 from ..errors import TrainingError
-from .data import Item, batches
+from ..lora import Lora
+from .data import Guise, Item, batches
 from .objectives import Sampling, coefficients, losses, noise_of, noisy, target
 from .optimizers import averaging, device_of
 from .plan import Plan
@@ -40,15 +41,20 @@ class Progress(NamedTuple):
     seconds: float  # of this step
     validation: float | None = None
     best: bool = False  # whether no validation before was better
+    memory: int = 0  # bytes in use, where who trains knows
 
 
 class Run:
     """What changes while a plan is carried out: parameters, optimizer, schedule, average, and how far it is."""
 
-    def __init__(self, plan: Plan, wrapper: Wrapper, *, scaled: bool = False) -> None:
-        """scaled: the loss is multiplied before the backward pass, for models that compute in float16."""
-        self.plan, self.wrapper = plan, wrapper
-        self.parameters: Mapping[str, nn.Parameter] = wrapper.parameters()
+    def __init__(self, plan: Plan, *wrappers: Wrapper, scaled: bool = False) -> None:
+        """wrappers: one for each part of the model. scaled: the loss is multiplied before the backward pass, for models
+        that compute in float16."""
+        self.plan, self.wrappers = plan, wrappers
+        self.trained = tuple(each for wrapper in wrappers for each in wrapper.trained)
+        self.parameters: Mapping[str, nn.Parameter] = {
+            name: parameter for wrapper in wrappers for name, parameter in wrapper.parameters().items()
+        }
         self.optimizer = plan.descent.optimizer_of(self.parameters)
         self.schedule = plan.descent.schedule_of(self.optimizer, plan.steps)
         self.scaler = torch.GradScaler(device_of(self.parameters).type) if scaled else None
@@ -60,24 +66,49 @@ class Run:
 
     @contextmanager
     def result(self) -> Iterator[None]:
-        """While inside, the parameters are those to use: their average, where there is one."""
-        averaging(self.optimizer, True)
+        """While inside, the parameters are those to use: their average, where there is one. Afterwards they are to the
+        bit what they were; a schedule-free optimizer, which goes there and back in place, only comes near."""
         trained = {name: parameter.data for name, parameter in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.clone()
+        averaging(self.optimizer, True)
+        there_and_back = {name: parameter.data for name, parameter in self.parameters.items()}
         for name, average in self.average.items():
             self.parameters[name].data = average
         try:
             yield
         finally:
-            for name, parameter in self.parameters.items():
-                parameter.data = trained[name]
+            self._hold(there_and_back)
             averaging(self.optimizer, False)
+            self._hold(trained)
+
+    def _hold(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = tensors[name]
+
+    def lora(self, name: str, metadata: Mapping[str, str] | None = None) -> Lora:
+        """What was learned until now, in tensors of its own on the CPU."""
+        with self.result():
+            modules = {name: adapter for wrapper in self.wrappers for name, adapter in wrapper.now().items()}
+            return Lora(name, modules, metadata or {})
+
+    @contextmanager
+    def base_only(self) -> Iterator[None]:
+        """While inside, the model answers as it did before."""
+        with ExitStack() as stack:
+            for wrapper in self.wrappers:
+                stack.enter_context(wrapper.base_only())
+            yield
+
+    def drop(self, draw: Draw | None) -> None:
+        for wrapper in self.wrappers:
+            wrapper.draw = draw
 
     def advance(self) -> bool:
         """Move the parameters down their gradients. False where those are not finite: nothing has moved then."""
-        parameters = list(self.parameters.values())
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, self.plan.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.plan.clip or math.inf)
         finite = bool(torch.isfinite(norm))
         self.whole = False
         if self.scaler is not None:
@@ -160,11 +191,12 @@ def looks(
     """Calls of the model on noisy items as in training, EVA's batches; nothing is learned."""
     for step in range(LOOKS):
         for numbers in batches(items, plan.batch, 1, plan.seed, step):
-            latent = torch.stack([items[n].latent for n in numbers]).to(device, torch.float32)
+            guises = [items[n].guise(generator(plan.seed, "look at", step, place)) for place, n in enumerate(numbers)]
+            latent = torch.stack([guise.latent for guise in guises]).to(device, torch.float32)
             moments = timesteps.moments(len(latent), generator(plan.seed, "look at", step))
             sigma = timesteps.sigmas(sampling, moments, *latent.shape[-2:]).to(device)
             noise = noise_of(plan.objective, latent.cpu(), generator(plan.seed, "look", step)).to(latent)
-            x, conditions = noisy(sampling, sigma, noise, latent), [items[n].condition for n in numbers]
+            x, conditions = noisy(sampling, sigma, noise, latent), [guise.condition for guise in guises]
             with torch.no_grad():
                 yield lambda x=x, sigma=sigma, conditions=conditions: predict(x, sigma, conditions)
 
@@ -185,22 +217,27 @@ def _gradients(
     moments = timesteps.moments(count, generator(plan.seed, "moments", step))
     total, position = torch.zeros((), dtype=torch.float64), 0
     for number, part in enumerate(parts):
-        noises = [generator(plan.seed, "noise", step, position + n) for n in range(len(part))]
-        run.wrapper.draw = Draw(plan.seed, step, number)
+        places = range(position, position + len(part))
+        noises = [generator(plan.seed, "noise", step, place) for place in places]
+        run.drop(Draw(plan.seed, step, number))
         now = moments[position : position + len(part)]
         there = [items[each] for each in part]
+        guises = [
+            each.guise(generator(plan.seed, "guise", step, place)) for each, place in zip(there, places, strict=True)
+        ]
         with around():
-            loss = _loss(run, there, now, noises, predict, sampling, timesteps).sum() / count
+            loss = _loss(run, there, guises, now, noises, predict, sampling, timesteps).sum() / count
             (loss if run.scaler is None else run.scaler.scale(loss)).backward()
         total += loss.detach().cpu().double()
         position += len(part)
-    run.wrapper.draw = None
+    run.drop(None)
     return float(total)
 
 
 def _loss(
     run: Run,
     items: Sequence[Item],
+    guises: Sequence[Guise],
     moments: Tensor,
     noises: Sequence[Generator],
     predict: Predict,
@@ -209,34 +246,34 @@ def _loss(
 ) -> Tensor:
     """The loss of each item of a batch (batch,)."""
     device, objective = device_of(run.parameters), run.plan.objective
-    latent = torch.stack([item.latent for item in items]).to(device, torch.float32)
+    latent = torch.stack([guise.latent for guise in guises]).to(device, torch.float32)
     sigma = timesteps.sigmas(sampling, moments, *latent.shape[-2:])
     found = coefficients(sampling, sigma)
     drawn = [noise_of(objective, each[None], draws) for each, draws in zip(latent.cpu(), noises, strict=True)]
     noise = torch.cat(drawn).to(latent)
     sigma = sigma.to(device)
-    x, conditions = noisy(sampling, sigma, noise, latent), [item.condition for item in items]
+    x, conditions = noisy(sampling, sigma, noise, latent), [guise.condition for guise in guises]
     wanted = target(found, noise, latent)
     with torch.autocast(device.type, run.plan.autocast) if run.plan.autocast else nullcontext():
         if items[0].of_base:
-            with torch.no_grad(), run.wrapper.base_only():
+            with torch.no_grad(), run.base_only():
                 wanted = predict(x, sigma, conditions).float()
         answer = predict(x, sigma, conditions)
-    masks = [item.mask for item in items if item.mask is not None]
+    masks = [guise.mask for guise in guises if guise.mask is not None]
     mask = torch.stack(masks).to(device) if masks else None
     weight = torch.tensor([item.weight for item in items], device=device)
     return losses(objective, found, answer, wanted, mask) * weight
 
 
 def validate(run: Run, items: Sequence[Item], predict: Predict, sampling: Sampling, timesteps: Timesteps) -> float:
-    """The mean loss of held-out items, each time at the same moments and with the same noise."""
+    """The mean loss of held-out items, each time in the same guise, at the same moments and with the same noise."""
     total = 0.0
     with torch.no_grad(), run.result():
         for number, item in enumerate(items):
             for place, moment in enumerate(MOMENTS):
                 noise = generator(run.plan.seed, "held out", number, place)
                 now = torch.tensor([moment], dtype=torch.float64)
-                total += float(_loss(run, [item], now, [noise], predict, sampling, timesteps))
+                total += float(_loss(run, [item], [item.guise()], now, [noise], predict, sampling, timesteps))
     return total / (len(items) * len(MOMENTS))
 
 

@@ -19,7 +19,6 @@ from .. import files
 from ..errors import TrainingError, shown
 from ..files import TensorFile
 from .loop import Run
-from .wrapper import Wrapper
 
 KEY = "lora_ops.training"
 VERSION = 1
@@ -29,7 +28,7 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
     """Raises FileError like files.write; the file that was there stays then."""
     tensors: dict[str, Tensor] = {f"parameter/{name}": p.detach() for name, p in run.parameters.items()}
     tensors |= {f"average/{name}": tensor for name, tensor in run.average.items()}
-    tensors |= {f"taken_off/{name}": tensor for name, tensor in _taken_off(run.wrapper).items()}
+    tensors |= {f"taken_off/{name}": tensor for name, tensor in _taken_off(run).items()}
     optimizer = run.optimizer.state_dict()
     numbers: dict[str, dict[str, Any]] = {}
     for index, values in optimizer["state"].items():
@@ -43,7 +42,7 @@ def save(path: str | os.PathLike[str], run: Run) -> None:
         "step": run.step,
         "smoothed": None if math.isnan(run.smoothed) else run.smoothed,
         "best": None if math.isinf(run.best) else run.best,
-        "places": _places(run.wrapper),
+        "places": _places(run),
         "algebra": run.plan.algebra,
         "optimizer": run.plan.descent.optimizer,
         "seed": run.plan.seed,
@@ -71,10 +70,10 @@ def restore(path: str | os.PathLike[str], run: Run) -> None:
     ):
         if told[name] != ours:
             raise _other(file, name, told[name], ours)
-    _require_places(file, told["places"], _places(run.wrapper))
+    _require_places(file, told["places"], _places(run))
     for kind, name, has in (
         ("average/", "moving average", bool(run.average)),
-        ("taken_off/", "start that is taken off", bool(_taken_off(run.wrapper))),
+        ("taken_off/", "start that is taken off", bool(_taken_off(run))),
     ):
         if has != any(key.startswith(kind) for key in file.tensors):
             raise _other(file, name, *(("none", "one") if has else ("one", "none")))
@@ -82,7 +81,7 @@ def restore(path: str | os.PathLike[str], run: Run) -> None:
         for kind, there in (
             ("parameter", run.parameters),
             ("average", run.average),
-            ("taken_off", _taken_off(run.wrapper)),
+            ("taken_off", _taken_off(run)),
         ):
             for name, tensor in there.items():
                 tensor.copy_(file.tensors[f"{kind}/{name}"])
@@ -117,16 +116,16 @@ def _is_plain(value: object) -> bool:
     return True
 
 
-def _taken_off(wrapper: Wrapper) -> dict[str, Tensor]:
+def _taken_off(run: Run) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
-    for each in wrapper.trained:
+    for each in run.trained:
         if each.taken_off is not None:
             found |= {f"{each.place.module}.{name}": tensor for name, tensor in each.factors_taken_off().items()}
     return found
 
 
-def _places(wrapper: Wrapper) -> list[list[Any]]:
-    return [[each.place.module, each.place.rank, each.place.alpha] for each in wrapper.trained]
+def _places(run: Run) -> list[list[Any]]:
+    return [[each.place.module, each.place.rank, each.place.alpha] for each in run.trained]
 
 
 def _told(file: TensorFile) -> dict[str, Any]:

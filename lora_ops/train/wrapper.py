@@ -20,7 +20,6 @@ from ..adapters import Adapter, Additive, DoRA, LowRank, Transform
 from ..adapters.base import Product
 from ..errors import AdapterError, TargetError
 from ..live.modules import CONVOLUTION, Kind, Link, kind_of
-from ..lora import Lora
 from .frozen import Forward, WeightOf, frozen, is_map, stored_weight
 from .places import Place
 from .randomness import generator
@@ -57,8 +56,8 @@ class Wrapper:
         self.active = True
         self.dropout = dropout
         there: dict[str, list[Trained]] = {}
-        for number, (place, adapter) in enumerate(adapters.items()):
-            each = Trained(place, adapter, (taken_off or {}).get(place), number)
+        for place, adapter in adapters.items():
+            each = Trained(place, adapter, (taken_off or {}).get(place))
             there.setdefault(place.target.key, []).append(each)
         self.trained = tuple(each for found in there.values() for each in found)
         self._others = [module for module in modules.values() if not is_map(module)]
@@ -75,9 +74,9 @@ class Wrapper:
         """What trains: module.factor -> parameter."""
         return {f"{each.place.module}.{name}": p for each in self.trained for name, p in each.parameters.items()}
 
-    def lora(self, name: str, metadata: Mapping[str, str] | None = None) -> Lora:
-        """What has been trained until now, in tensors of its own on the CPU."""
-        return Lora(name, {each.place.module: each.now() for each in self.trained}, metadata or {})
+    def now(self) -> dict[str, Adapter]:
+        """What has been trained until now, by module, in tensors of its own on the CPU."""
+        return {each.place.module: each.now() for each in self.trained}
 
     def install(self) -> None:
         """Raises TargetError, with nothing left behind, where another's hook runs inside: its gradient is not known."""
@@ -119,8 +118,8 @@ class Wrapper:
 class Trained:
     """An adapter with float32 parameters for its tensors, at its place."""
 
-    def __init__(self, place: Place, adapter: Adapter, taken_off: Adapter | None, number: int) -> None:
-        self.place, self.number = place, number
+    def __init__(self, place: Place, adapter: Adapter, taken_off: Adapter | None) -> None:
+        self.place = place
         self.parameters: dict[str, nn.Parameter] = {}
         with torch.inference_mode(False):
             self.adapter = _mapped(adapter, self._parameter)
@@ -306,7 +305,7 @@ class _Place(NamedTuple):
         draw, rate = self.wrapper.draw, self.wrapper.dropout
         if draw is None or not rate:
             return x
-        masks = generator(draw.seed, "dropout", draw.step, draw.batch, self.trained.number, device=x.device)
+        masks = generator(draw.seed, "dropout", draw.step, draw.batch, self.trained.place.module, device=x.device)
         kept = torch.rand(x.shape, generator=masks, device=x.device) >= rate
         return x * (kept.to(x.dtype) / (1 - rate))
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
@@ -14,6 +14,7 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
+import psutil
 import torch
 from comfy.patcher_extension import PatcherInjection
 from comfy.quant_ops import QuantizedTensor
@@ -23,6 +24,7 @@ from ...lora_ops.errors import TrainingError, shown
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.data import Item, widest
+from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.frozen import stored_weight
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
@@ -35,6 +37,7 @@ from .caches import hooks_of
 from .live import turned
 from .patching import targets
 
+T = TypeVar("T")
 KEY = "lora_ops_train"
 NETWORK = "diffusion_model"
 # What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
@@ -61,12 +64,15 @@ class Model:
         for key in turned(model):
             what = "has a DoRA or another change that depends on its weight on it live."
             raise TrainingError(what, module=key, remedy="Put that LoRA on in mode patch to train on top of it.")
+        self.model = model
         self.patcher = model.clone()
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.patcher.add_object_patch("model_sampling", _answering(self.sampling))
         self.network: nn.Module = self.patcher.model.diffusion_model
         self.modules = {f"{NETWORK}.{name}": module for name, module in self.network.named_modules() if name}
         self._out_of_place = self._copying = False
+        self._memory = 0  # that the host keeps free while it is loaded
+        self._training = False  # what the host's flag was before
 
     def targets(self) -> TargetMap:
         return targets(self.patcher, None)
@@ -86,32 +92,53 @@ class Model:
         The wrapper goes in before all other hooks, so that their gradients are autograd's. Raises TrainingError for a
         model whose blocks cannot be computed again.
         """
-        management, patcher = comfy.model_management, self.patcher
-        before = management.in_training
+        patcher = self.patcher
         patcher.injections = {KEY: [_injection(wrapper)], **patcher.injections}
+        self._memory = patcher.memory_required([len(batch), *batch[0].shape])
+        self._training = comfy.model_management.in_training
         with torch.inference_mode(False), torch.enable_grad():
             try:
-                sampling = patcher.memory_required([len(batch), *batch[0].latent.shape])
-                management.load_models_gpu([patcher], memory_required=sampling)
-                patcher.eject_model()  # what was in from an earlier clone
-                patcher.inject_model()
-                patcher.pre_run()
-                management.in_training = True
+                self._enter()
                 with checkpointed(self.network) if checkpointing else nullcontext():
                     yield self._examined(batch, checkpointing)
             finally:
-                management.in_training = before
-                patcher.cleanup()
-                patcher.unpatch_model(unpatch_weights=False)
+                self._leave()
                 wrapper.remove()
                 patcher.injections.pop(KEY)
 
+    def _enter(self) -> None:
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=self._memory)
+        self.patcher.eject_model()  # what was in from another clone
+        self.patcher.inject_model()
+        self.patcher.pre_run()
+        comfy.model_management.in_training = True
+
+    def _leave(self) -> None:
+        comfy.model_management.in_training = self._training
+        self.patcher.cleanup()
+        self.patcher.unpatch_model(unpatch_weights=False)
+
+    @contextmanager
+    def lent(self) -> Iterator[Any]:
+        """While inside, where it is running, a MODEL for the host's own samplers: the one that came, with the wrapper
+        in it. Afterwards everything is as it was, the process's random state too."""
+        device = self.patcher.load_device
+        self._leave()
+        try:
+            model = self.model.clone()
+            model.injections = {KEY: self.patcher.injections[KEY], **model.injections}
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
+                yield model
+        finally:
+            self._enter()
+
     def _examined(self, items: Sequence[Item], checkpointing: bool) -> Probe:
         """Whether the model adds in place, and answers the same when it does not."""
-        latent = torch.stack([item.latent for item in items]).to(self.patcher.load_device)
+        guises = [item.guise() for item in items]
+        latent = torch.stack([guise.latent for guise in guises]).to(self.patcher.load_device)
         middle = self.sampling.sigmas[len(self.sampling.sigmas) // 2]
         levels = middle.to(latent).expand(len(items)).clone()
-        conditions = [item.condition for item in items]
+        conditions = [guise.condition for guise in guises]
         self._out_of_place = self._copying = False
         with torch.no_grad():
             sampled = self.predict(latent, levels, conditions)
@@ -136,7 +163,8 @@ class Model:
         return torch.autograd.graph.allow_mutation_on_saved_tensors() if self._copying else nullcontext()
 
     def predict(self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Any]) -> Tensor:
-        """The model's answer in float32. conditions are those of items."""
+        """The model's answer in float32. conditions are those of items. Raises the host's interrupt."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         with OutOfPlace() if self._out_of_place else nullcontext():
             encoded = [self._encoded(each, noisy[n : n + 1]) for n, each in enumerate(conditions)]
             first = encoded[0]
@@ -150,7 +178,9 @@ class Model:
 
     def _encoded(self, condition: Sequence[Any], latent: Tensor) -> dict[str, Any]:
         """What the model's own code makes of a conditioning for one latent."""
-        entries = comfy.sampler_helpers.convert_cond(condition)
+        entries = comfy.sampler_helpers.convert_cond(
+            [[_copied(cross), _copied(options)] for cross, options in condition]
+        )
         options = {"latent_image": latent, "denoise_mask": None, "seed": 0}
         (entry,) = comfy.samplers.encode_model_conds(
             self.patcher.model.extra_conds, entries, latent, latent.device, "positive", **options
@@ -174,12 +204,42 @@ class Model:
         return apply(noisy, sigma, **conditioning)
 
     def item(self, latent: Tensor, condition: Sequence[Any], guidance: float | None = None, **more: Any) -> Item:
-        """An item from one latent of a LATENT (channels, …) and one CONDITIONING, in tensors that autograd takes.
+        """An item from one latent of a LATENT (channels, …) and one CONDITIONING.
 
         guidance is what a guidance-distilled model (FLUX.1 dev) is told, instead of what the conditioning says. Raises
         TrainingError for a conditioning that is more than a description of one picture, and for guidance to a model
         that is told none.
         """
+        return Item((self._scaled(latent),), (self._described(condition, guidance),), **more)
+
+    def items(self, dataset: Dataset, guidance: float | None = None) -> tuple[list[Item], list[Item]]:
+        """What to learn from and what is only looked at. Raises TrainingError like item, naming the picture."""
+        empty = None if dataset.empty is None else self._described(dataset.empty, guidance)
+
+        def item(picture: Picture, dropout: float) -> Item:
+            try:
+                return Item(
+                    tuple(map(self._scaled, picture.latents)),
+                    tuple(self._described(each, guidance) for each in picture.conditions),
+                    tuple(_placed(mask, picture.latents[0]) for mask in picture.masks),
+                    empty,
+                    dropout,
+                    picture.repeats,
+                    picture.weight,
+                )
+            except TrainingError as error:
+                error.file = picture.name
+                raise
+
+        return [item(each, dataset.dropout) for each in dataset.pictures], [
+            item(each, 0.0) for each in dataset.held_out
+        ]
+
+    def _scaled(self, latent: Tensor) -> Tensor:
+        with torch.inference_mode(False):
+            return self.patcher.model.process_latent_in(latent[None].float().clone())[0]
+
+    def _described(self, condition: Sequence[Any], guidance: float | None) -> Sequence[Any]:
         if len(condition) != 1:
             what = f"A picture has {len(condition)} conditionings at once; it should have one."
             raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
@@ -188,13 +248,11 @@ class Model:
             if options.get(name) is not None:
                 what = f"A picture's conditioning has {shown(name)}, which training does not use."
                 raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
-        if guidance is not None:
-            if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
-                raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
-            options = {**options, "guidance": guidance}
-        with torch.inference_mode(False):
-            scaled = self.patcher.model.process_latent_in(latent[None].float().clone())[0]
-            return Item(scaled, [[_copied(cross), _copied(options)]], **more)
+        if guidance is None:
+            return condition
+        if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
+            raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
+        return [[cross, {**options, "guidance": guidance}]]
 
     def begin(self, plan: Plan, where: Sequence[Place], items: Sequence[Item], timesteps: Timesteps) -> Beginning:
         """What the plan's training begins with on this model."""
@@ -219,15 +277,17 @@ class Model:
         path: Path | None = None,
         checkpointing: bool = False,
         foreseen: Callable[[Estimate, int], None] = lambda needed, free: None,
-        progress: Callable[[Progress], None] = lambda done: None,
+        stepped: Callable[[Progress, Session], None] = lambda done, session: None,
+        stopped: Callable[[Session], None] = lambda session: None,
     ) -> Lora:
         """Carry a plan out on this model, from a LoRA or from nothing.
 
         path is the state's: the run goes on from it if it is there, and saves it; the best by the held-out items is
-        beside it, as NAME.best.safetensors. foreseen hears what a step will need and how much is free on the device.
+        beside it, as NAME.best.safetensors. foreseen hears what a step will need and how much is free on the device;
+        stepped hears of each step. Either may raise Finish: the run then ends with what it has.
 
         Raises the host's interrupt when the user asks for it, TrainingError, naming the setting that frees most, when
-        memory runs out; what was learned until then is in path.
+        memory runs out; what was learned until then is in path, and stopped has been called, if there was a step.
         """
         device, targets = self.patcher.load_device, self.targets()
         where = plan.places(targets)
@@ -241,16 +301,13 @@ class Model:
         run = Run(plan, wrapper, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
         if path is not None and path.exists():
             state.restore(path, run)
+        session = Session(self, run, path)
 
         def save(run: Run, best: bool) -> None:
             if path is not None:
-                state.save(path, run)
+                session.save()
                 if best:
                     state.save(path.with_suffix(f".best{path.suffix}"), run)
-
-        def stepped(done: Progress) -> None:
-            progress(done)
-            comfy.model_management.throw_exception_if_processing_interrupted()
 
         needed: Estimate | None = None
         try:
@@ -266,14 +323,51 @@ class Model:
                     around=self.around,
                     held_out=held_out,
                     save=save,
-                    progress=stepped,
+                    progress=lambda done: stepped(done._replace(memory=_in_use(device)), session),
                 )
-        except Exception as error:
+        except Finish:
+            pass
+        except BaseException as error:
+            if run.step and run.whole:
+                stopped(session)
             if not out_of_memory(error):
                 raise
             raise _no_memory(run, needed, path, checkpointing) from error
-        with run.result():
-            return wrapper.lora(name, {"lora_ops.plan": plan.told()})
+        return session.lora(name)
+
+
+class Session:
+    """A run, for who looks on between two steps."""
+
+    def __init__(self, model: Model, run: Run, path: Path | None) -> None:
+        self._model, self._run, self._path = model, run, path
+
+    def lora(self, name: str) -> Lora:
+        """What was learned until now: the average, where there is one."""
+        return self._run.lora(name, {"lora_ops.plan": self._run.plan.told()})
+
+    def save(self) -> None:
+        """Save the state as it is now. Raises TrainingError for a run that has no file for it, or FileError."""
+        if self._path is None:
+            raise TrainingError("The run has no file for its state.", remedy="Give it a path.")
+        state.save(self._path, self._run)
+
+    def sample(self, draw: Callable[[Any], T]) -> T:
+        """What draw makes of a MODEL that the host's own samplers take, with what was learned until now. The MODEL is
+        good while draw runs; training goes on as if nothing had been drawn. Raises what draw raises."""
+        with self._run.result(), self._model.lent() as model:
+            return draw(model)
+
+
+class Finish(Exception):
+    """Raised by who looks on: the run ends here, with what it has learned."""
+
+
+def _in_use(device: torch.device) -> int:
+    """Bytes on a device; on the CPU, of this process."""
+    if comfy.model_management.is_device_cpu(device):
+        return psutil.Process().memory_info().rss
+    return comfy.model_management.get_total_memory(device) - comfy.model_management.get_free_memory(device)
 
 
 def _no_memory(run: Run, needed: Estimate | None, path: Path | None, checkpointing: bool) -> TrainingError:
@@ -308,13 +402,22 @@ def _injection(wrapper: Wrapper) -> PatcherInjection:
 
 
 def _copied(value: Any) -> Any:
+    """The same in tensors that autograd takes."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return value.clone() if value.is_inference() else value
     if isinstance(value, dict):
         return {key: _copied(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(each) for each in value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_copied, value))
     return value
+
+
+def _placed(mask: Tensor, latent: Tensor) -> Tensor:
+    """A mask (1, height, width) for a latent (channels, …, height, width)."""
+    if mask.shape[-2:] != latent.shape[-2:]:
+        sizes = (" x ".join(map(str, each.shape[-2:])) for each in (mask, latent))
+        raise TrainingError("A mask is of {}, its latent of {}.".format(*sizes))
+    return mask.reshape(1, *(1 for _ in latent.shape[1:-2]), *mask.shape[-2:])
 
 
 def _to(value: Any, device: torch.device) -> Any:

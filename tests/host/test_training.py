@@ -154,7 +154,7 @@ def test_gradients_are_those_of_the_merged_weights(train):
             setattr(module, attribute, weight)
         empty = train.wrapper.Wrapper({}, {})
         with torch.inference_mode(), session.model.running(empty, [session.item]):
-            run = Bare(session.plan, empty, factors)
+            run = Bare(session.plan, factors)
             args = run, [session.item], session.model.predict, session.model.sampling, session.timesteps
             train.loop._gradients(*args)
     finally:
@@ -173,9 +173,12 @@ class Called(torch.nn.Module):
 class Bare:
     """What the loop's gradients need of a run."""
 
-    def __init__(self, plan, wrapper, parameters):
-        self.plan, self.wrapper, self.parameters, self.step, self.scaler = plan, wrapper, parameters, 0, None
+    def __init__(self, plan, parameters):
+        self.plan, self.parameters, self.step, self.scaler = plan, parameters, 0, None
         self.optimizer = torch.optim.SGD(list(parameters.values()), lr=0.1)
+
+    def drop(self, draw):
+        assert not self.plan.dropout
 
 
 def test_diffusers_default_trains_797184_parameters_on_sd15(train, ours):
@@ -209,7 +212,7 @@ def test_roles_mean_the_smallest_parts_and_names_what_they_name(train, ours):
 def test_what_was_learned_lands_again_and_is_written(train, ours, tmp_path):
     session = Session(train, "flux")
     session.learn()
-    learned = session.wrapper.lora("learned")
+    learned = session.run.lora("learned")
     layouts, families = ours("lora_ops.layouts"), ours("lora_ops.families")
     shapes = ours("nodes.host.patching")._shapes(session.patcher)
     for layout in layouts.LAYOUTS[:3]:
@@ -315,7 +318,7 @@ def test_every_initialisation_learns_and_what_it_learned_lands(train, ours, init
     assert (start - sampled).norm() < 1e-6 * sampled.norm()
     loss, lower = session.learn()
     assert lower < 0.9 * loss
-    learned = session.wrapper.lora("learned")
+    learned = session.run.lora("learned")
     doubled = initial in ("pissa_niter_4", "olora")
     assert {each.rank for each in learned.modules.values()} == {8 if doubled else 4}
     applied = landed(ours, session, learned)
@@ -354,7 +357,7 @@ def test_a_lora_of_any_dialect_goes_on_with_its_own_alpha(train, ours):
     begun = plan.go_on(where, given, targets)
     assert {place.alpha for place in begun.adapters} == {1.0} and len(begun.adapters) == len(where)
     wrapper = train.wrapper.Wrapper(session.model.modules, begun.adapters, weight_of=train.host.weight_of)
-    for place, adapter in wrapper.lora("same").modules.items():
+    for place, adapter in wrapper.now().items():
         torch.testing.assert_close(adapter.up @ adapter.down, truth[place])
         assert adapter.scale == 0.25
     refused = (
@@ -389,7 +392,7 @@ def test_out_of_memory_names_the_setting_that_frees_most_and_goes_on_later(train
             name="x",
             path=path,
             foreseen=lambda needed, free: foreseen.append((needed, free)),
-            progress=lambda done: steps.append(done.step),
+            stepped=lambda done, _: steps.append(done.step),
         )
     assert "2 steps before" in str(caught.value) and caught.value.facts["step"] == 3
     ((needed, free),) = foreseen
@@ -411,15 +414,15 @@ def test_cancelling_keeps_the_state(train, tmp_path):
     session, path = Session(train, "sd35_medium"), tmp_path / "state.safetensors"
     plan = train.plan.Plan(4, (train.places.Aim(rank=4),), descent=train.optimizers.Descent(rate=1e-2))
 
-    def cancel(done):
+    def cancel(done, _):
         if done.step == 2:
             comfy.model_management.interrupt_current_processing()
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        session.model.learn(plan, [session.item], name="x", path=path, progress=cancel)
+        session.model.learn(plan, [session.item], name="x", path=path, stepped=cancel)
     assert not comfy.model_management.in_training
     steps = []
-    session.model.learn(plan, [session.item], name="x", path=path, progress=lambda done: steps.append(done.step))
+    session.model.learn(plan, [session.item], name="x", path=path, stepped=lambda done, _: steps.append(done.step))
     assert steps == [3, 4]
 
 
@@ -435,9 +438,9 @@ def test_what_is_foreseen_is_what_is_kept(train):
                 saved[tensor.untyped_storage()._cdata] = tensor
                 return tensor
 
-            x = session.item.latent[None]
+            x = session.item.latents[0][None]
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                session.model.predict(x, torch.tensor([0.5]), [session.item.condition])
+                session.model.predict(x, torch.tensor([0.5]), [session.item.conditions[0]])
             foreseen.append(found.kept)
             frozen = {p.untyped_storage()._cdata for p in session.patcher.model.parameters()}
             frozen |= {p.untyped_storage()._cdata for p in session.run.parameters.values()}
@@ -471,7 +474,7 @@ def test_pictures_of_different_prompts_train_in_one_batch_as_alone(train):
         other = session.model.item(noise(16, 16, 16, seed=4), conditioning("sd35_medium", seed=9))
         with session.running():
             x, sigma = noise(2, 16, 16, 16, seed=5), torch.tensor([0.3, 0.8])
-            conditions = [session.item.condition, other.condition]
+            conditions = [session.item.conditions[0], other.conditions[0]]
             both = session.model.predict(x, sigma, conditions)
             for n in range(2):
                 alone = session.model.predict(x[n : n + 1], sigma[n : n + 1], conditions[n : n + 1])
@@ -483,7 +486,7 @@ def test_guidance_is_told_to_models_that_are_distilled_and_to_no_other(train):
     with torch.inference_mode(), session.running():
         for guidance in (1.0, 3.5, None):
             item = session.model.item(noise(16, 16, 16), conditioning("flux"), guidance=guidance)
-            answers.append(session.model.predict(item.latent[None], torch.tensor([0.5]), [item.condition]))
+            answers.append(session.model.predict(item.latents[0][None], torch.tensor([0.5]), [item.conditions[0]]))
     assert torch.equal(answers[1], answers[2]) and not torch.equal(answers[0], answers[1])  # the host's default is 3.5
     with pytest.raises(train.errors.TrainingError, match="no guidance"):
         Session(train, "sd35_medium").model.item(noise(16, 16, 16), conditioning("sd35_medium"), guidance=1.0)

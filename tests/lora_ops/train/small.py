@@ -85,7 +85,7 @@ PLAN = Plan(
 
 def items(count: int = 5) -> list[Item]:
     draws = torch.Generator().manual_seed(1)
-    return [Item(torch.randn(4, 16, 16, generator=draws)) for _ in range(count)]
+    return [Item((torch.randn(4, 16, 16, generator=draws),)) for _ in range(count)]
 
 
 @cache

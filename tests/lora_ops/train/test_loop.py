@@ -60,12 +60,12 @@ def test_the_same_seed_learns_the_same_and_another_does_not():
 
 
 def test_every_item_comes_once_in_an_epoch_and_batches_are_of_one_shape():
-    data = [*items(5), *(Item(torch.zeros(4, 8, 8)) for _ in range(2))]
+    data = [*items(5), *(Item((torch.zeros(4, 8, 8),)) for _ in range(2))]
     for seed in range(3):
         epochs = [[batches(data, 2, 1, seed, 4 * epoch + step)[0] for step in range(4)] for epoch in range(2)]
         for epoch in epochs:
             assert sorted(n for batch in epoch for n in batch) == list(range(7))
-            assert all(len({data[n].latent.shape for n in batch}) == 1 for batch in epoch)
+            assert all(len({data[n].shape for n in batch}) == 1 for batch in epoch)
         assert epochs[0] != epochs[1]
     assert batches(data, 2, 2, 0, 3) == [batches(data, 2, 1, 0, n)[0] for n in (6, 7)]
 
@@ -170,7 +170,7 @@ def test_lora_plus_moves_up_faster():
 
 def test_prior_preservation_pulls_to_the_base_model():
     """An item that should stay as the base makes it costs nothing before the first step, and pulls back after."""
-    kept = [Item(item.latent, of_base=True, weight=3.0) for item in items(2)]
+    kept = [Item(item.latents, of_base=True, weight=3.0) for item in items(2)]
     made = Small(replace(PLAN, steps=1, batch=1), kept).train()
     assert made.seen[0].loss == 0
     both = Small(replace(PLAN, steps=30, batch=1, accumulate=4), [*items(2), *kept]).train()

@@ -100,7 +100,7 @@ def test_it_runs_as_its_lora_is_merged(algebra):
     truth = copy.deepcopy(model)
     wrapper.install()
     ran = model(x)
-    for name, adapter in wrapper.lora("test").modules.items():
+    for name, adapter in wrapper.now().items():
         weight = truth.get_submodule(name).weight
         weight.data = merged(weight.data, [Piece(adapter, None, 1.0)])
     torch.testing.assert_close(ran, truth(x), rtol=1e-5, atol=1e-6)
@@ -278,7 +278,7 @@ def test_what_is_taken_off_makes_a_start_that_changes_no_bit_and_a_lora_of_twice
     ran = model(x)
     wrapper.remove()
     truth = copy.deepcopy(model)
-    for name, adapter in wrapper.lora("test").modules.items():
+    for name, adapter in wrapper.now().items():
         assert adapter.rank == 8
         weight = truth.get_submodule(name).weight
         weight.data = merged(weight.data, [Piece(adapter, None, 1.0)])
