@@ -1,4 +1,5 @@
-"""`python -m harness.world`: train the small world, sample it, or write a folder of zorps to train a LoRA on."""
+"""`python -m harness.world`: train the small world, sample it, write a folder of zorps to train a LoRA on, or measure
+on it what is said of LoRAs."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 
 from harness import comfy, inside
+from harness.comfy import PACK
 from harness.environment import cache
 from harness.server import MOUNT
 
@@ -29,6 +31,10 @@ def main() -> None:
     sample.add_argument("--out", type=Path, default=Path("out/world.png"))
     zorps = commands.add_parser("zorps", help="20 pictures and captions of what the base never saw")
     zorps.add_argument("folder", type=Path)
+    claims = commands.add_parser("claims", help="measure what is said of LoRAs, and write the page")
+    claims.add_argument("--only", nargs="+", metavar="CLAIM", help="these alone; the others stay as they are")
+    claims.add_argument("--steps", type=int, default=150, help="of each training")
+    claims.add_argument("--out", type=Path, default=PACK / "docs" / "small-world")
     asked = parser.parse_args()
 
     if asked.command == "zorps":
@@ -40,6 +46,8 @@ def main() -> None:
     inside.mount(path)
     if asked.command == "train":
         _train(path, asked.steps)
+    elif asked.command == "claims":
+        _measure(path, asked.only, asked.steps, asked.out)
     else:
         _sample(path, asked.caption, asked.seed, asked.out)
 
@@ -56,6 +64,14 @@ def _sample(path: Path, captions: list[str] | None, seed: int, out: Path) -> Non
     if scenes:
         print({name: f"{share:.0%}" for name, share in reading.agreement(list(shown), scenes).items()})
     print(f"wrote {out}")
+
+
+def _measure(path: Path, only: list[str] | None, steps: int, out: Path) -> None:
+    from . import claims
+
+    if unknown := set(only or ()) - set(claims.CLAIMS):
+        raise SystemExit(f"{', '.join(sorted(unknown))}: no claim. There are {', '.join(claims.CLAIMS)}.")
+    claims.measure(path, only or list(claims.CLAIMS), steps, out)
 
 
 def _train(path: Path, steps: int) -> None:
