@@ -23,13 +23,15 @@ from bench.report import machine
 from . import pictures
 from .lab import Lab, Marks, changes, frame, framed, has_frame, relative
 
-RANKS = (1, 2, 4, 8, 16, 32)
+RANKS = (1, 4, 16)
+CUTS = (1, 2, 4, 8, 16)
+RANK = 4  # where nothing else is said
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "queries and keys": ("*.to_q", "*.to_k", "*.add_q_proj", "*.add_k_proj"),
     "values and outputs": ("*.to_v", "*.add_v_proj", "*attn.proj"),
     "attention's projections (default)": (),
-    "MLPs": ("role:mlp",),
+    "MLPs": ("*_mlp.*", "*.proj_mlp", "*.linear2"),
     "all weights": ("*",),
 }
 SHOWN = 10  # pictures in a row
@@ -86,7 +88,7 @@ def told(marks: Marks) -> dict[str, str]:
 def concept(study: Study) -> Claim:
     lab = study.lab
     before = {name: weight.clone() for name, weight in lab.base.model.state_dict().items()}
-    lora = study.zorp()
+    lora = study.zorp(rank=RANK)
     after = lab.base.model.state_dict()
     same = all(torch.equal(weight, after[name]) for name, weight in before.items())
     started = lab.learn(lab.shots(lab.learned[:2]), steps=1, foreseen=_finish(lab))
@@ -146,10 +148,10 @@ def alpha(study: Study) -> Claim:
     sizes: dict[str, list[float]] = {}
     for rule, of in (
         ("alpha = rank", lambda r: {}),
-        ("alpha = 2", lambda r: {"alpha": 2.0}),
-        ("alpha = 2, rank-stabilised", lambda r: {"alpha": 2.0, "rank_stabilised": True}),
+        ("alpha = 4", lambda r: {} if r == 4 else {"alpha": 4.0}),
+        ("alpha = 4, rank-stabilised", lambda r: {"alpha": 4.0, "rank_stabilised": True}),
     ):
-        for number in (2, 8, 32):
+        for number in RANKS:
             lora = study.zorp(rank=number, **of(number))
             marks = study.lab.judged(study.lab.put(lora))[0]
             scale = next(iter(lora.modules.values())).scale
@@ -162,16 +164,16 @@ def alpha(study: Study) -> Claim:
     return Claim(
         "ΔW is scaled by alpha/rank, rank-stabilised by alpha/√rank. With alpha/rank kept fixed a change of the rank "
         "leaves the strength about as it is; with a fixed alpha a higher rank is a weaker LoRA.",
-        "From rank 2 to 32 the size of the update varies by a factor of "
+        f"From rank {RANKS[0]} to {RANKS[-1]} the size of the update varies by a factor of "
         + ", ".join(f"{value:.2f} with {rule}" for rule, value in spread.items())
         + ".",
-        spread["alpha = rank"] < spread["alpha = 2"],
+        spread["alpha = rank"] < spread["alpha = 4"],
         rows,
     )
 
 
 def strength(study: Study) -> Claim:
-    lab, lora = study.lab, study.zorp()
+    lab, lora = study.lab, study.zorp(rank=RANK)
     size = relative(lora, lab.base)
     rows, sheet, found = [], [], {}
     for value in STRENGTHS:
@@ -199,7 +201,7 @@ def truncation(study: Study) -> Claim:
         for name, (delta, _) in changes(whole, lab.base).items()
     }
     energy = sum(float(s.square().sum()) for _, s, _ in spectra.values())
-    for number in RANKS:
+    for number in CUTS:
         kept[number] = sum(float(s[:number].square().sum()) for _, s, _ in spectra.values()) / energy
         marks, zorps, _ = lab.judged(lab.put(_truncated(whole, spectra, number)))
         rows.append({"rank": number, "energy kept": f"{kept[number]:.1%}", **told(marks)})
@@ -212,14 +214,14 @@ def truncation(study: Study) -> Claim:
         kept[1] < kept[4] < kept[16] <= 1,
         rows,
         sheet,
-        [f"truncated to rank {number}" for number in RANKS],
+        [f"truncated to rank {number}" for number in CUTS],
     )
 
 
 def targets(study: Study) -> Claim:
     rows, sheet, found = [], [], {}
     for name, patterns in TARGETS.items():
-        lora = study.zorp(patterns=patterns)
+        lora = study.zorp(rank=RANK, **({} if patterns == ("*",) else {"patterns": patterns}))
         found[name], zorps, _ = study.lab.judged(study.lab.put(lora))
         rows.append({"targets": name, "modules": len(lora.modules), **told(found[name])})
         sheet.append(zorps)
@@ -247,7 +249,7 @@ def preservation(study: Study) -> Claim:
         ("pictures of the class", prior),
         ("the base's own answers", [shot._replace(of_base=True) for shot in prior]),
     ):
-        lora = lab.learn([*shots, *more], steps=study.steps * (2 if more else 1), rank=8)
+        lora = lab.learn([*shots, *more], steps=study.steps * 2, rank=RANK) if more else study.zorp(rank=RANK)
         found[name], zorps, others = lab.judged(lab.put(lora))
         rows.append({"preservation": name, **told(found[name])})
         sheet.append([*zorps[: SHOWN // 2], *others[: SHOWN // 2]])
@@ -271,7 +273,7 @@ def masked(study: Study) -> Claim:
     spoiled = [shot._replace(picture=framed(shot.picture)) for shot in lab.shots(lab.learned)]
     rows, sheet, frames = [], [[shot.picture for shot in spoiled]], {}
     for name, mask in (("none", None), ("all but the frame", 1 - frame())):
-        lora = lab.learn([shot._replace(mask=mask) for shot in spoiled], steps=study.steps, rank=8)
+        lora = lab.learn([shot._replace(mask=mask) for shot in spoiled], steps=study.steps, rank=RANK)
         marks, zorps, _ = lab.judged(lab.put(lora))
         frames[name] = sum(map(has_frame, zorps)) / len(zorps)
         rows.append({"mask": name, "with a frame": f"{frames[name]:.0%}", "zorps": f"{marks.zorps:.0%}"})
@@ -293,7 +295,7 @@ def files(study: Study) -> Claim:
     import comfy.sd
     import comfy.utils
 
-    lab, lora = study.lab, study.zorp()
+    lab, lora = study.lab, study.zorp(rank=RANK)
     scenes = [*lab.zorps[:4], *lab.others[:4]]
     drawn = torch.stack(lab.draw(lab.put(lora), scenes))
     layouts, families, loras = (lab.pack(f"lora_ops.{name}") for name in ("layouts", "families", "lora"))
@@ -420,7 +422,7 @@ never saw is a *zorp*: an hourglass, black above orange.
 Every LoRA here was learned by the pack's own trainer on 20 pictures of zorps, put on by its own patching and drawn by
 ComfyUI's own sampler. `python -m harness.world claims` measures all of it anew and writes this page.
 
-- *zorps*: pictures that show a zorp, of 24 captions that ask for one and were not trained on
+- *zorps*: pictures that show a zorp, of 16 captions that ask for one and were not trained on
 - *their place*, *their ground*: of these pictures, those with the figure where, and the ground that, the caption says
-- *other captions*: pictures that are right in colour, shape, place, texture and ground, of 24 captions without a zorp
+- *other captions*: pictures that are right in colour, shape, place, texture and ground, of 16 captions without a zorp
 """

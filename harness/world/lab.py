@@ -52,7 +52,7 @@ class Marks(NamedTuple):
 class Lab:
     """The small world's models; the zorps and other scenes that it is judged by."""
 
-    def __init__(self, comfy: Path, count: int = 24) -> None:
+    def __init__(self, comfy: Path, count: int = 16) -> None:
         self.comfy = comfy
         self.base, self.vae = host.load_model(), host.load_vae()
         self.learned, rest = pictures.some_zorps()

@@ -14,7 +14,6 @@ from . import pictures
 from .pictures import BLACK, CELL, CELLS, COLOURS, ORANGE, PLACES, RADIUS, SHAPES, TEXTURES, Scene
 
 WIDE = int(2 * RADIUS)  # cells
-EDGE = 2  # rows above and below that no figure reaches
 DIFFERENT = 0.3  # distance in RGB from the ground, from which on a cell belongs to the figure
 ALIKE = 0.7  # least share of cells that a figure and a shape have in common, of those of either
 HALF = 0.2  # share of a figure that is black, and that is orange, to call it halved
@@ -54,10 +53,9 @@ def agreement(shown: Sequence[Tensor], meant: Sequence[Scene]) -> dict[str, floa
 
 
 def _ground(cells: Tensor) -> tuple[str, str, Tensor]:
-    """The texture and colour whose ground fits best where no figure reaches."""
+    """The texture and colour of the ground that most cells are like: no figure hides half of it."""
     names, grounds = _grounds()
-    rows = torch.cat([torch.arange(EDGE), torch.arange(CELLS - EDGE, CELLS)])
-    best = (grounds[:, :, rows] - cells[:, rows]).square().sum((1, 2, 3)).argmin()
+    best = int(((grounds - cells).square().sum(1).sqrt() <= DIFFERENT).sum((1, 2)).argmax())
     return *names[best], grounds[best]
 
 

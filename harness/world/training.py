@@ -75,7 +75,7 @@ def train(text: tuple[Tensor, Tensor], steps: int, keep: Keep, batch: int = 32) 
 def _drawn() -> tuple[Tensor, Tensor]:
     """Latents of every seen scene at every height (scenes, heights, 16, rows, columns), and their cells' weights."""
     scenes = pictures.split()[0]
-    heights = range(-pictures.JITTER, pictures.JITTER + 1)
+    heights = pictures.HEIGHTS
     cells = torch.stack([torch.stack([pictures.in_cells(scene, at) for at in heights]) for scene in scenes])
     inside = torch.stack([torch.stack([pictures.where(scene, at) for at in heights]) for scene in scenes])
     weights = 1 + (FIGURE - 1) * inside[:, :, None]
@@ -83,10 +83,11 @@ def _drawn() -> tuple[Tensor, Tensor]:
 
 
 def _flux(text: tuple[Tensor, Tensor], generator: torch.Generator) -> nn.Module:
-    """The host's module, started so that it adds nothing yet and sees the captions' differences.
+    """The host's module, started so that it adds nothing yet and sees the captions' differences and what is near.
 
     A random CLIP's outputs for two captions are nearly parallel (cosine 0.93): what reads them starts centred and
-    stretched to unit variance.
+    stretched to unit variance. Where a token is only attention can tell: its queries and keys start with a part that
+    all have, which positions turn.
     """
     import comfy.supported_models
 
@@ -102,6 +103,11 @@ def _flux(text: tuple[Tensor, Tensor], generator: torch.Generator) -> nn.Module:
                 weight.zero_()
             else:
                 weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1]))
+        for block in model.double_blocks:
+            same, other = torch.randn(2, FLUX["hidden_size"], generator=generator)
+            query_key = slice(2 * FLUX["hidden_size"])
+            block.img_attn.qkv.bias[query_key] = torch.cat([same, same])
+            block.txt_attn.qkv.bias[query_key] = torch.cat([same, other])
         tokens, pooled = text[0][:, :CAPTION].float().flatten(0, 1), text[1].float()
         for layer, seen in ((model.txt_in, tokens), (model.vector_in.in_layer, pooled)):
             layer.weight.div_(seen.std(0).mean())
