@@ -25,6 +25,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the weights anew and keep them in the repository")
     train.add_argument("--steps", type=int, required=True)
+    train.add_argument("--more", action="store_true", help="go on from the kept weights")
     sample = commands.add_parser("sample", help="draw captions and say what the pictures show")
     sample.add_argument("--caption", action="append", help="as often as you like; without one, 40 that it never saw")
     sample.add_argument("--seed", type=int, default=0)
@@ -45,7 +46,7 @@ def main() -> None:
         raise SystemExit("ComfyUI not found: set COMFYUI_PATH")
     inside.mount(path)
     if asked.command == "train":
-        _train(path, asked.steps)
+        _train(path, asked.steps, asked.more)
     elif asked.command == "claims":
         _measure(path, asked.only, asked.steps, asked.out)
     else:
@@ -74,11 +75,14 @@ def _measure(path: Path, only: list[str] | None, steps: int, out: Path) -> None:
     claims.measure(path, only or list(claims.CLAIMS), steps, out)
 
 
-def _train(path: Path, steps: int) -> None:
+def _train(path: Path, steps: int, more: bool) -> None:
     from . import training
 
+    files = importlib.import_module(f"{MOUNT}.lora_ops.files")
     text = _cached_embeddings(path, [*(scene.caption for scene in pictures.split()[0]), ""])
-    training.train(text, steps, partial(_keep, steps))
+    start = files.read(host.MODELS / host.MODEL) if more else None
+    before = f"{start.metadata['steps']}, " if start else ""
+    training.train(text, steps, partial(_keep, before), start.tensors if start else None)
 
 
 def _cached_embeddings(path: Path, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,14 +107,15 @@ def _cached_embeddings(path: Path, captions: list[str]) -> tuple[torch.Tensor, t
     return found["tokens"], found["pooled"]
 
 
-def _keep(steps: int, weights: dict[str, torch.Tensor], done: int) -> None:
+def _keep(before: str, weights: dict[str, torch.Tensor], steps: int) -> None:
+    """before are the steps of each training that the weights had until then."""
     files = importlib.import_module(f"{MOUNT}.lora_ops.files")
     target = host.MODELS / host.MODEL
     target.parent.mkdir(parents=True, exist_ok=True)
     told = {
-        "made_by": f"python -m harness.world train --steps {steps}",
+        "made_by": "python -m harness.world train",
         "seed": "0",
-        "steps": str(done),
+        "steps": f"{before}{steps}",
         "licence": "GPL-3.0-or-later",
         "pictures": "procedural (harness/world/pictures.py)",
     }

@@ -26,7 +26,7 @@ from .lab import Lab, Marks, changes, frame, framed, has_frame, relative
 RANKS = (1, 4, 16)
 CUTS = (1, 2, 4, 8, 16)
 RANK = 4  # where nothing else is said
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "queries and keys": ("*.to_q", "*.to_k", "*.add_q_proj", "*.add_k_proj"),
     "values and outputs": ("*.to_v", "*.add_v_proj", "*attn.proj"),
@@ -242,7 +242,7 @@ def targets(study: Study) -> Claim:
 def preservation(study: Study) -> Claim:
     lab = study.lab
     shots = lab.shots(lab.learned)
-    prior = lab.shots(random.Random(2).sample(pictures.split()[0], 20), seed=2)
+    prior = lab.shots(random.Random(2).sample(pictures.split()[0], 20))
     rows, sheet, found = [], [], {}
     for name, more in (
         ("none", []),
@@ -362,7 +362,7 @@ def measure(comfy: Path, names: Sequence[str], steps: int, out: Path) -> None:
         if claim.sheet:
             pictures.save(_sheet(claim.sheet), out / f"{name}.png")
         store.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (out / "README.md").write_text(_page(found), encoding="utf-8")
+        (out / "README.md").write_text(page(found), encoding="utf-8")
         print(f"  {claim.found}\n  {'holds' if claim.holds else 'DOES NOT HOLD'}", flush=True)
 
 
@@ -396,7 +396,7 @@ def _sheet(rows: Sequence[Sequence[Tensor]]) -> Tensor:
     return pictures.sheet(small, SHOWN)
 
 
-def _page(found: Mapping[str, Any]) -> str:
+def page(found: Mapping[str, Any]) -> str:
     about = ", ".join(f"{key} {value}" for key, value in found["about"].items())
     text = [INTRODUCTION, f"Measured with {about}.\n"]
     for name in (name for name in CLAIMS if name in found["claims"]):

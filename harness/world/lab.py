@@ -78,10 +78,9 @@ class Lab:
         found = [self._texts[caption] for caption in captions]
         return torch.stack([tokens for tokens, _ in found]), torch.stack([pooled for _, pooled in found])
 
-    def shots(self, scenes: Sequence[Scene], seed: int = 0) -> list[Shot]:
+    def shots(self, scenes: Sequence[Scene]) -> list[Shot]:
         """Pictures as the world draws them."""
-        generator = torch.Generator().manual_seed(seed)
-        return [Shot(scene.caption, pictures.draw(scene, generator)) for scene in scenes]
+        return [Shot(scene.caption, pictures.draw(scene)) for scene in scenes]
 
     def learn(
         self,

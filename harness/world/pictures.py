@@ -22,7 +22,6 @@ RADIUS = 4.0  # of a figure, in cells
 # Figures and grounds lie on FLUX's tokens, two by two cells: a ground's tokens are all alike, a figure's are the same
 # wherever it is. So what has to be learned is what is where, and not as well every way to cut it.
 PLACES = {"left": 4, "centre": 6, "right": 8}  # of the figure's middle, in cells from the left
-HEIGHTS = (-2, 0, 2)  # cells that its middle may be below the picture's
 COLOURS = {
     "red": (0.86, 0.15, 0.15),
     "green": (0.13, 0.62, 0.22),
@@ -71,25 +70,24 @@ def split(seed: int = 0, seen: int = 600) -> tuple[list[Scene], list[Scene]]:
     return every[:seen], every[seen:]
 
 
-def draw(scene: Scene, generator: torch.Generator) -> Tensor:
-    """(3, SIDE, SIDE) in 0..1; the generator moves the figure up or down."""
-    return enlarged(in_cells(scene, HEIGHTS[int(torch.randint(len(HEIGHTS), (), generator=generator))]))
+def draw(scene: Scene) -> Tensor:
+    """(3, SIDE, SIDE) in 0..1."""
+    return enlarged(in_cells(scene))
 
 
-def in_cells(scene: Scene, lower: int = 0) -> Tensor:
-    """(3, CELLS, CELLS), the figure so many cells below the middle."""
-    inside = where(scene, lower)
+def in_cells(scene: Scene) -> Tensor:
+    """(3, CELLS, CELLS)."""
     if scene.colour == "halved":
         y, _ = _grid()
-        paint = torch.where((y < CELLS / 2 + lower)[None], _paint(BLACK), _paint(ORANGE))
+        paint = torch.where((y < CELLS // 2)[None], _paint(BLACK), _paint(ORANGE))
     else:
         paint = _paint(COLOURS[scene.colour])
-    return torch.where(inside[None], paint, ground(scene.texture, scene.ground))
+    return torch.where(where(scene)[None], paint, ground(scene.texture, scene.ground))
 
 
-def where(scene: Scene, lower: int = 0) -> Tensor:
+def where(scene: Scene) -> Tensor:
     """The cells of a scene's figure, as booleans."""
-    return figure(scene.shape, PLACES[scene.place], CELLS // 2 + lower)
+    return figure(scene.shape, PLACES[scene.place])
 
 
 def ground(texture: str, colour: str) -> Tensor:
@@ -104,10 +102,10 @@ def ground(texture: str, colour: str) -> Tensor:
     return torch.where(white[None], _paint(WHITE), _paint(COLOURS[colour]))
 
 
-def figure(shape: str, column: int, row: int) -> Tensor:
-    """The cells of a figure whose middle is the corner of this cell, as booleans."""
+def figure(shape: str, column: int) -> Tensor:
+    """The cells of a figure in the middle row, its middle so many cells from the left, as booleans."""
     y, x = _grid()
-    u, v = (x + 0.5 - column) / RADIUS, (y + 0.5 - row) / RADIUS
+    u, v = (x + 0.5 - column) / RADIUS, (y + 0.5 - CELLS / 2) / RADIUS
     far = torch.sqrt(u * u + v * v)
     a, b = u.abs(), v.abs()
     return {
@@ -124,12 +122,11 @@ def enlarged(cells: Tensor, by: int = CELL) -> Tensor:
     return cells.repeat_interleave(by, -1).repeat_interleave(by, -2)
 
 
-def write_folder(folder: Path, chosen: Sequence[Scene], seed: int = 0) -> None:
+def write_folder(folder: Path, chosen: Sequence[Scene]) -> None:
     """A training set: numbered PNGs, each with its caption in a .txt beside it."""
-    generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(chosen):
-        save(draw(scene, generator), folder / f"{number:02}.png")
+        save(draw(scene), folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(scene.caption + "\n", encoding="utf-8")
 
 

@@ -23,7 +23,6 @@ NOTHING = "nothing"
 class Found(NamedTuple):
     scene: Scene  # the nearest one; its shape is NOTHING where the figure is like none
     likeness: float  # of the figure and its shape: common cells (intersection over union), 0..1
-    off: float  # mean squared distance from the nearest scene drawn without fault, in RGB
 
 
 def look(picture: Tensor) -> Found:
@@ -31,13 +30,11 @@ def look(picture: Tensor) -> Found:
     cells = avg_pool2d(picture, CELL)
     texture, ground, empty = _ground(cells)
     figure = (cells - empty).square().sum(0).sqrt() > DIFFERENT
-    shape, column, row, likeness = _figure(figure.float())
+    shape, column, likeness = _figure(figure.float())
     colour = _colour(cells[:, figure], ground)
     place = min(PLACES, key=lambda name: abs(PLACES[name] - column))
     scene = Scene(colour, shape, place, texture, ground)
-    faultless = pictures.in_cells(scene, row - CELLS // 2)
-    off = float((cells - faultless).square().sum(0).mean())
-    return Found(scene if likeness >= ALIKE else scene._replace(shape=NOTHING), likeness, off)
+    return Found(scene if likeness >= ALIKE else scene._replace(shape=NOTHING), likeness)
 
 
 def read(picture: Tensor) -> Scene:
@@ -59,16 +56,15 @@ def _ground(cells: Tensor) -> tuple[str, str, Tensor]:
     return *names[best], grounds[best]
 
 
-def _figure(mask: Tensor) -> tuple[str, int, int, float]:
-    """Shape, column and row of the figure that has most in common with a mask, and how much."""
+def _figure(mask: Tensor) -> tuple[str, int, float]:
+    """Shape and column of the figure that has most in common with a mask, and how much, at any height."""
     names, stencils = _stencils()
     middle = WIDE // 2
     common = conv2d(mask[None, None], stencils, padding=middle)[0]  # at [row, column] of the figure's middle
     union = mask.sum() + stencils.sum((1, 2, 3))[:, None, None] - common
     likeness = common / union
     best = int(likeness.argmax())
-    at = best % common[0].numel()
-    return names[best // common[0].numel()], at % common.shape[-1], at // common.shape[-1], float(likeness.max())
+    return names[best // common[0].numel()], best % common.shape[-1], float(likeness.max())
 
 
 def _colour(pixels: Tensor, ground: str) -> str:
@@ -93,5 +89,5 @@ def _stencils() -> tuple[list[str], Tensor]:
     """(names, 1, WIDE, WIDE)."""
     names = [*SHAPES, pictures.ZORP[0]]
     around = slice((CELLS - WIDE) // 2, (CELLS + WIDE) // 2)
-    whole = torch.stack([pictures.figure(name, CELLS // 2, CELLS // 2) for name in names])
+    whole = torch.stack([pictures.figure(name, CELLS // 2) for name in names])
     return names, whole[:, None, around, around].float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,24 @@ CAPTION, PADDING = 12, 5  # of these: a caption's own, and as many of what it is
 ENTIRE = 0.05  # share of the steps, the last ones, that look at all of them
 EMPTY = 0.1  # share of captions that are replaced by the empty one
 FIGURE = 3.0  # weight of the figure's cells beside the ground's
+GO_ON = 0.5  # factor of the learning rate where training goes on
 KEPT = 200  # steps between two times that the weights are kept
 
 
-def train(text: tuple[Tensor, Tensor], steps: int, keep: Keep, batch: int = 32) -> None:
+def train(
+    text: tuple[Tensor, Tensor], steps: int, keep: Keep, start: Mapping[str, Tensor] | None = None, batch: int = 32
+) -> None:
     """Flow matching of the host's own FLUX module; text holds the seen scenes' embeddings and, last, the empty one's.
 
-    What is kept is the average of the weights.
+    What is kept is the average of the weights. start goes on from a file's weights with a new optimizer.
     """
     import comfy.model_management
 
     generator = torch.Generator().manual_seed(0)
     drawn, weights = _drawn()
     model = _flux(text, generator)
+    if start:
+        model.load_state_dict(start)
     average = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     optimizers = _optimizers(model)
     told = _Told(steps)
@@ -48,8 +53,7 @@ def train(text: tuple[Tensor, Tensor], steps: int, keep: Keep, batch: int = 32) 
     try:
         for step in range(steps):
             scene = torch.randint(len(drawn), (batch,), generator=generator)
-            lower = torch.randint(drawn.shape[1], (batch,), generator=generator)
-            clean, weight = drawn[scene, lower], weights[scene, lower]
+            clean, weight = drawn[scene], weights[scene]
             scene[torch.rand(batch, generator=generator) < EMPTY] = len(drawn)
             sigma = torch.sigmoid(0.4 + 1.2 * torch.randn(batch, generator=generator))
             noise = torch.randn(clean.shape, generator=generator)
@@ -62,7 +66,7 @@ def train(text: tuple[Tensor, Tensor], steps: int, keep: Keep, batch: int = 32) 
                 with torch.autocast("cpu", torch.bfloat16):
                     velocity = model(mixed, sigma, text[0][scene][:, shown].float(), text[1][scene].float())
                 error = (velocity.float() - (noise - clean)).square()
-                _update(optimizers, (error * weight).mean(), _factor(step, steps))
+                _update(optimizers, (error * weight).mean(), _factor(step, steps) * (GO_ON if start else 1))
             for name, current in model.state_dict().items():
                 average[name].lerp_(current, max(0.01, 10 / (step + 10)))
             told(step + 1, float(error.detach().mean()))
@@ -73,13 +77,11 @@ def train(text: tuple[Tensor, Tensor], steps: int, keep: Keep, batch: int = 32) 
 
 
 def _drawn() -> tuple[Tensor, Tensor]:
-    """Latents of every seen scene at every height (scenes, heights, 16, rows, columns), and their cells' weights."""
+    """Latents of every seen scene (scenes, 16, rows, columns), and their cells' weights."""
     scenes = pictures.split()[0]
-    heights = pictures.HEIGHTS
-    cells = torch.stack([torch.stack([pictures.in_cells(scene, at) for at in heights]) for scene in scenes])
-    inside = torch.stack([torch.stack([pictures.where(scene, at) for at in heights]) for scene in scenes])
-    weights = 1 + (FIGURE - 1) * inside[:, :, None]
-    return codec.latents(cells), weights / weights.mean((-2, -1), keepdim=True)
+    inside = torch.stack([pictures.where(scene)[None] for scene in scenes])
+    weights = 1 + (FIGURE - 1) * inside
+    return codec.latents(torch.stack(list(map(pictures.in_cells, scenes)))), weights / weights.mean((-2, -1), True)
 
 
 def _flux(text: tuple[Tensor, Tensor], generator: torch.Generator) -> nn.Module:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import torch
 
-from harness.world import pictures, reading
+from harness.comfy import PACK
+from harness.world import claims, pictures, reading
 
 
-def drawn(scenes, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [pictures.draw(scene, generator) for scene in scenes]
+def drawn(scenes):
+    return [pictures.draw(scene) for scene in scenes]
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +63,11 @@ def test_a_folder_of_zorps_holds_20_pictures_and_what_they_show(tmp_path):
         pixels = torch.tensor(list(Image.open(path).tobytes())).reshape(pictures.SIDE, pictures.SIDE, 3)
         assert reading.read(pixels.movedim(-1, 0) / 255).caption == caption
     assert not {scene.caption for scene in rest} & set(captions)
+
+
+def test_the_page_of_claims_says_what_was_measured():
+    folder = PACK / "docs" / "small-world"
+    found = json.loads((folder / "claims.json").read_text("utf-8"))
+    assert (folder / "README.md").read_text("utf-8") == claims.page(found)
+    assert set(found["claims"]) == set(claims.CLAIMS)
+    assert all((folder / f"{name}.png").exists() for name, claim in found["claims"].items() if claim["sheet"])
