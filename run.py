@@ -1,7 +1,10 @@
-"""Set up and run everything: `python run.py demo` and `python run.py test`. Needs nothing but Python 3.10 or newer.
+"""Set up and run everything. Needs nothing but Python 3.10 or newer.
 
     python run.py demo              the example workflows through a real ComfyUI, into out/; on files if there is none
     python run.py test [ARGUMENTS]  ruff, pyright and pytest, which gets the arguments
+    python run.py train RECIPE [INPUT=VALUE ...] [OPTIONS]
+                                    a run of Train LoRA again, without a page, on your ComfyUI and its models; RECIPE is
+                                    a run's recipe.json or its LoRA, OPTIONS are ComfyUI's own (--lowvram, ...)
 
 Environment variables: COMFYUI_PATH, the ComfyUI to run on, or `none`; LORA_OPS_ENV, where the virtual environment
 goes instead of the user's cache folder.
@@ -27,6 +30,8 @@ def main(arguments: list[str]) -> int:
             return demo()
         if command == "test":
             return test(rest)
+        if command == "train" and rest:
+            return train(rest)
     except (comfy.ComfyError, environment.EnvironmentFailed) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
@@ -52,8 +57,21 @@ def test(arguments: list[str]) -> int:
     return _run(environment.python(*layers), "-m", "harness.checks", *arguments)
 
 
+def train(arguments: list[str]) -> int:
+    host = comfy.find()
+    if host is None:
+        raise comfy.ComfyError("No ComfyUI to train on: set COMFYUI_PATH to the folder that holds its main.py.")
+    python = environment.python(environment.base(), environment.host(host))
+    return _run(python, "-m", "harness.headless", "--comfy", str(host), *arguments)
+
+
 def _run(*command: str) -> int:
-    return subprocess.run(command, cwd=PACK, env={**os.environ, "PYTHONUTF8": "1"}).returncode
+    child = subprocess.Popen(command, cwd=PACK, env={**os.environ, "PYTHONUTF8": "1"})
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            pass  # the child hears it too, and may have something to keep
 
 
 if __name__ == "__main__":

@@ -196,13 +196,11 @@ def _ours(
     where, timesteps = plan.places(model.targets()), _pack("lora_ops.train.timesteps").Timesteps()
     item = model.item(_latent(asked)[0], [[_text(), {}]])
     begun = model.begin(plan, where, [item], timesteps)
-    wrapper = _pack("lora_ops.train.wrapper").Wrapper(model.modules, begun.adapters, weight_of=training.weight_of)
-    for each in wrapper.trained:
-        each.to(device)
+    wrappers = model.wrappers(begun)
 
     def loop(done: Callable[[], None]) -> int:
-        run = loop_of.Run(plan, wrapper)
-        with model.running(wrapper, [item], checkpointing=checkpointing) as found:
+        run = loop_of.Run(plan, *wrappers)
+        with model.running(wrappers, [item], checkpointing=checkpointing) as found:
             loop_of.train(run, [item], model.predict, model.sampling, timesteps, progress=lambda _: done())
             return memory.estimate(found.kept, run.parameters, plan.descent, ema=False).total
 

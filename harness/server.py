@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,10 @@ FOLDERS = (
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Two servers on the same cores take turns; with OpenMP's spinning threads each of them is 15 times slower.
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
+# A Ctrl+C in the terminal is the parent's alone: it interrupts the run, which then keeps what it has.
+APART: dict[str, Any] = (
+    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"start_new_session": True}
+)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 # Runs main.py until this process is gone, however it went: a killed one closes the pipe that is the child's stdin.
@@ -72,7 +77,9 @@ class Server:
 
     base is its --base-directory; without one, a temporary folder that goes with the server. models are linked in
     from another folder, never written to. cuda lets the host choose its device instead of --cpu. pack is the folder
-    mounted as the custom node; None for a bare ComfyUI. arguments are appended to main.py's.
+    mounted as the custom node; None for a bare ComfyUI. arguments are appended to main.py's. own: it works in
+    ComfyUI's own folders, with its models and custom nodes, and says what it says in this terminal; base holds no more
+    than what keeps it apart from a ComfyUI that is running there.
     """
 
     def __init__(
@@ -85,19 +92,20 @@ class Server:
         cuda: bool = False,
         pack: Path | None = PACK,
         arguments: tuple[str, ...] = (),
+        own: bool = False,
     ):
         self.comfy = comfy
         self.base = (base or Path(tempfile.mkdtemp(prefix="lora-ops-"))).absolute()
-        self._temporary = base is None
+        self._temporary, self._own = base is None, own
         self._python = python
         self._pack = pack
-        # The host's default attention takes twice as long on a CPU.
-        device = () if cuda else ("--cpu", "--use-pytorch-cross-attention")
-        self._arguments = (*device, *arguments)
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
-        for folder in FOLDERS:
+        for folder in FOLDERS if not own else ("user", "custom_nodes"):
             (self.base / folder).mkdir(parents=True, exist_ok=True)
+        # The host's default attention takes twice as long on a CPU.
+        device = () if cuda else ("--cpu", "--use-pytorch-cross-attention")
+        self._arguments = (*device, *self._folders(), *arguments)
         if models:
             for file in models.rglob("*.safetensors"):
                 link(file, self.base / "models" / file.relative_to(models))
@@ -127,13 +135,12 @@ class Server:
         command = [
             *(self._python, "-u", "-c", LEASH, str(self.comfy / "main.py")),
             *("--listen", "127.0.0.1", "--port", str(port)),
-            *("--base-directory", str(self.base)),
             # Not the one in ComfyUI's own folder: two servers would fight for its lock.
             *("--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"),
             *("--disable-auto-launch", "--disable-api-nodes"),
             *self._arguments,
         ]
-        with self._log.open("wb") as log:
+        with nullcontext() if self._own else self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 cwd=self.comfy,
@@ -141,6 +148,7 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                **(APART if self._own else {}),
             )
         deadline = time.monotonic() + timeout
         while not self._answers():
@@ -172,13 +180,20 @@ class Server:
         Raises WorkflowError if validation refuses any part of it or a node fails; ServerError after timeout seconds,
         the run interrupted.
         """
+        return self.finished(self.queue(prompt), timeout)
+
+    def queue(self, prompt: Mapping[str, Any]) -> str:
+        """Asks for an API prompt to be run; returns its id. Raises WorkflowError if validation refuses any of it."""
         try:
             answer = self.json("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})
         except urllib.error.HTTPError as error:
             answer = jsonlib.loads(error.read())
         if answer.get("node_errors") or answer.get("error"):
             raise _refusal(answer)
-        name = answer["prompt_id"]
+        return answer["prompt_id"]
+
+    def finished(self, name: str, timeout: float = 600) -> dict[str, Any]:
+        """Waits for the prompt of this id, as post does."""
         deadline = time.monotonic() + timeout
         while not (entry := self.json(f"/history/{name}").get(name)):
             self._check_alive()
@@ -192,6 +207,13 @@ class Server:
             if event == "execution_interrupted":
                 raise WorkflowError("The run was interrupted.", failure=data)
         return entry
+
+    def _folders(self) -> tuple[str, ...]:
+        if not self._own:
+            return "--base-directory", str(self.base)
+        config = self.base / "extra_model_paths.yaml"  # JSON is YAML
+        config.write_text(jsonlib.dumps({MOUNT: {"custom_nodes": str(self.base / "custom_nodes")}}), encoding="utf-8")
+        return "--extra-model-paths-config", str(config)
 
     def object_info(self) -> dict[str, Any]:
         return self.json("/object_info")

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .errors import AdapterError
 
+IN_CACHE = 1 << 15  # numbers of a factor that are widened at a time: memory for all of them would cost more than that
+
 
 def product(up: Tensor, down: Tensor) -> Tensor:
     """ΔW of a pair of factors, flattened: (out, rank, 1…) · (rank, in, kernel…) -> (out, in·kernel…)."""
@@ -45,7 +47,11 @@ def scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if scale == 1:
         return factor.to(dtype)
     wide = torch.float32 if factor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    return (factor.to(wide) * scale).to(dtype)
+    found = torch.empty_like(factor, dtype=dtype)
+    rows = max(1, IN_CACHE * len(factor) // factor.numel()) if factor.device.type == "cpu" else len(factor)
+    for part, to in zip(factor.split(rows), found.split(rows), strict=True):
+        to.copy_(part.to(wide).mul_(scale))
+    return found
 
 
 def scaled_rows(factor: Tensor, rows: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ A node's id and the order of its inputs are frozen once released: workflows stor
 appended; a changed meaning is a new node.
 """
 
+from .dataset import LoraOpsDataset
 from .host.api import ComfyExtension
 from .inspecting import LoraOpsPatches, LoraOpsUnload
 from .loading import LoraOpsLoad, LoraOpsTriggerWords
@@ -12,6 +13,7 @@ from .patching import LoraOpsApply
 from .saving import LoraOpsMergeFiles, LoraOpsSaveCheckpoint, LoraOpsSaveLora
 from .scaling import LoraOpsScale
 from .stacking import LoraOpsStack
+from .training import LoraOpsLossPlot, LoraOpsTrain
 
 NODES = (
     LoraOpsLoad,
@@ -25,6 +27,9 @@ NODES = (
     LoraOpsSaveCheckpoint,
     LoraOpsSaveLora,
     LoraOpsMergeFiles,
+    LoraOpsDataset,
+    LoraOpsTrain,
+    LoraOpsLossPlot,
 )
 
 

@@ -10,6 +10,8 @@ from .host.api import io
 
 LoraModelType = io.Custom("LORA_MODEL")
 LoraStackType = io.Custom("LORA_STACK")
+LoraDatasetType = io.Custom("LORA_DATASET")
+LossMapType = io.Custom("LOSS_MAP")
 STRENGTH = {"min": -100.0, "max": 100.0, "step": 0.01}
 STRAIGHT = (
     "For DoRA, OFT and (IA)³ strength is a straight line from the weight as it is (0) to what was trained (1); "

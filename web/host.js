@@ -92,6 +92,58 @@ function addEditor(node, name, type, make, { default: value = "" }) {
   return widget;
 }
 
+/**
+ * Calls told(node, news) with what the server tells of training runs that were begun by a node of this workflow: while
+ * they run, and when a workflow is loaded or the server is back.
+ */
+export function watchTraining(told) {
+  const tell = (news) => {
+    const node = news.workflow === app.rootGraph?.id && nodeOfRun(news.node, app.rootGraph);
+    if (isOurs(node)) told(node, news);
+  };
+  const refresh = async () => {
+    const answer = await asked(`/lora_ops/train?${new URLSearchParams({ workflow: app.rootGraph.id })}`);
+    const newest = new Map((answer?.runs ?? []).reverse().map((run) => [run.node, run]));
+    for (const { run } of newest.values()) {
+      const news = await runOf(run, 0);
+      if (news) tell(news);
+    }
+  };
+  app.registerExtension({ name: "lora_ops.training", afterConfigureGraph: () => void refresh() });
+  api.addEventListener("lora_ops.train", ({ detail }) => tell(detail));
+  api.addEventListener("reconnected", refresh);
+}
+
+/** What the server tells of a run after a step, null where it does not. */
+export function runOf(run, since) {
+  return asked(`/lora_ops/train/${run}?since=${since}`);
+}
+
+export function sampleAddress(run, step, number, at, small) {
+  return api.apiURL(`/lora_ops/train/${run}/sample/${step}/${number}?at=${at}${small ? "&small" : ""}`);
+}
+
+/** Asks a run to sample, save or finish after its step; returns why it does not, or "". */
+export async function ask(run, want) {
+  const headers = { "Content-Type": "application/json" };
+  try {
+    const answer = await api.fetchApi(`/lora_ops/train/${run}/${want}`, { method: "POST", headers, body: "{}" });
+    if (answer.ok) return "";
+    return await answer.json().then(({ error }) => error, () => `${answer.status} ${answer.statusText}`);
+  } catch {
+    return "The server does not answer.";
+  }
+}
+
+async function asked(path) {
+  try {
+    const answer = await api.fetchApi(path);
+    return answer.ok ? await answer.json() : null;
+  } catch {
+    return null;
+  }
+}
+
 /** The names of the server's LoRA files. */
 async function listLoras() {
   const answer = await api.fetchApi("/models/loras");
@@ -100,14 +152,8 @@ async function listLoras() {
 }
 
 /** What the server tells of the LoRA file of this name or else of this sha256, null where it does not. */
-async function describeLora(name, sha256) {
-  try {
-    const query = new URLSearchParams(sha256 ? { name, sha256 } : { name });
-    const answer = await api.fetchApi(`/lora_ops/lora?${query}`);
-    return answer.ok ? await answer.json() : null;
-  } catch {
-    return null;
-  }
+function describeLora(name, sha256) {
+  return asked(`/lora_ops/lora?${new URLSearchParams(sha256 ? { name, sha256 } : { name })}`);
 }
 
 /**

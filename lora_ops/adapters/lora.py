@@ -71,8 +71,17 @@ class LowRank(Additive):
         lows = [(adapter, strength) for adapter, strength in terms if isinstance(adapter, LowRank)]
         if len(lows) < 2:
             return terms
-        ups, downs = zip(*(adapter._scaled(strength, dtype) for adapter, strength in lows), strict=True)
-        return [(cls(torch.cat(ups, dim=1), torch.cat(downs)), 1.0)]
+        wide = torch.promote_types(dtype, torch.float32)
+        inner = [adapter._inner(wide) for adapter, _ in lows]
+        ranks, shape = [len(each) for each in inner], (len(lows[0][0].up), inner[0].shape[1])
+        up = inner[0].new_empty((shape[0], sum(ranks)), dtype=wide)
+        down = inner[0].new_empty((sum(ranks), shape[1]), dtype=wide)
+        places = zip(up.split(ranks, dim=1), down.split(ranks), strict=True)
+        for (adapter, strength), below, (left, right) in zip(lows, inner, places, strict=True):
+            left.copy_(adapter.up.flatten(1))
+            right.copy_(below)
+            (left if shape[0] < shape[1] else right).mul_(strength * adapter.scale)
+        return [(cls(up, down), 1.0)]
 
     def _scaled(self, strength: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """up and down as matrices in dtype, scale and strength in the smaller of them."""

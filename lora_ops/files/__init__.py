@@ -14,7 +14,7 @@ from .reading import (
     stated_hash,
     tensor_hash,
 )
-from .writing import Lazy, Progress, meter, write, write_numbered
+from .writing import Lazy, Progress, meter, write, write_numbered, write_text
 
 __all__ = [
     "LORA_HEADER",
@@ -39,4 +39,5 @@ __all__ = [
     "write_folder",
     "write_folder_numbered",
     "write_numbered",
+    "write_text",
 ]

@@ -108,6 +108,18 @@ def published_numbered(path_of: Callable[[int], Path], first: int, publish: Call
     raise AssertionError  # numbers end never
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text, whole or not at all, over what was there. Raises FileError."""
+    final = Path(path)
+    with told_of(path):
+        temporary = temporary_of(final)
+        try:
+            write_synced(temporary, [text.encode()])
+            _publish(temporary, final, overwrite=True)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def told_of(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of the system, told of this file or folder."""

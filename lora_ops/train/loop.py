@@ -55,7 +55,9 @@ class Run:
         self.parameters: Mapping[str, nn.Parameter] = {
             name: parameter for wrapper in wrappers for name, parameter in wrapper.parameters().items()
         }
-        self.optimizer = plan.descent.optimizer_of(self.parameters)
+        encoder = [each for each in self.trained if each.place.target.part == "clip"]
+        text = {f"{each.place.module}.{name}" for each in encoder for name in each.parameters}
+        self.optimizer = plan.descent.optimizer_of(self.parameters, text)
         self.schedule = plan.descent.schedule_of(self.optimizer, plan.steps)
         self.scaler = torch.GradScaler(device_of(self.parameters).type) if scaled else None
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()} if plan.ema else {}

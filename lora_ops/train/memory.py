@@ -100,6 +100,27 @@ class _Probing:
 _probing: ContextVar[_Probing | None] = ContextVar("_probing", default=None)
 
 
+@contextmanager
+def copying() -> Iterator[None]:
+    """While inside, what is kept for the backward pass is a copy, which nobody writes over: for small models that write
+    into their tensors anywhere."""
+    probing = _probing.get()
+
+    def pack(tensor: Tensor) -> Tensor | None:
+        kept = tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach().clone()
+        if probing is None:
+            return kept
+        probing.outside.keep(kept)
+        return None
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, _kept):
+        yield
+
+
+def _kept(tensor: Tensor | None) -> Tensor:
+    return _no_backward(tensor) if tensor is None else tensor
+
+
 class _Writes(TorchDispatchMode):
     def __init__(self, kept: Mapping[int, StorageWeakRef]) -> None:
         super().__init__()

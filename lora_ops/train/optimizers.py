@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -40,12 +40,13 @@ UP = ("up", "inner.up")  # the factors of LoRA+'s second group
 
 @dataclass(frozen=True)
 class Descent:
-    """How the parameters move. rate is the learning rate; up_factor is LoRA+'s (Hayou et al. 2024,
-    https://arxiv.org/abs/2402.12354): how much faster up learns than down. options are the optimizer's own; schedule is
-    one of the transformers library's."""
+    """How the parameters move. rate is the learning rate, text_rate the text encoder's (None: the same); up_factor is
+    LoRA+'s (Hayou et al. 2024, https://arxiv.org/abs/2402.12354): how much faster up learns than down. options are the
+    optimizer's own; schedule is one of the transformers library's."""
 
     optimizer: str = "adamw"
     rate: float = 1e-4
+    text_rate: float | None = None
     weight_decay: float = 0.01
     up_factor: float = 1.0
     schedule: str = "constant"
@@ -57,11 +58,15 @@ class Descent:
         if self.optimizer not in OPTIMIZERS:
             known = ", ".join(OPTIMIZERS)
             raise TrainingError(f"'{shown(self.optimizer)}' is no optimizer here.", remedy=f"Choose one of {known}.")
-        if self.optimizer == "prodigy" and self.up_factor != 1:
-            raise TrainingError("Prodigy finds one rate for all that trains.", remedy="Set up_factor to 1.")
+        if self.optimizer == "prodigy" and (self.up_factor != 1 or self.text_rate not in (None, self.rate)):
+            what = "Prodigy finds one rate for all that trains."
+            raise TrainingError(what, remedy="Set up_factor to 1 and leave text_rate out.")
 
-    def optimizer_of(self, parameters: Mapping[str, nn.Parameter]) -> Optimizer:
-        """Raises TrainingError where its package is missing or an option is none of its own."""
+    def optimizer_of(self, parameters: Mapping[str, nn.Parameter], text: Container[str] = ()) -> Optimizer:
+        """text are the names of those that are the text encoder's.
+
+        Raises TrainingError where its package is missing or an option is none of its own.
+        """
         maker = OPTIMIZERS[self.optimizer]
         try:
             made = getattr(importlib.import_module(maker.module), maker.name)
@@ -72,19 +77,23 @@ class Descent:
         if self.optimizer == "adamw" and all(p.device.type == "cuda" for p in parameters.values()):
             options["fused"] = True
         try:
-            return made(self._groups(parameters), **(options | dict(self.options)))
+            return made(self._groups(parameters, text), **(options | dict(self.options)))
         except TypeError as error:
             raise TrainingError(f"The optimizer {self.optimizer} refuses an option: {error}.") from error
 
-    def _groups(self, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-        if self.up_factor == 1:
-            return [{"params": list(parameters.values())}]
-        ups = [p for name, p in parameters.items() if name.endswith(tuple(f".{up}" for up in UP))]
-        if not ups:
+    def _groups(self, parameters: Mapping[str, nn.Parameter], text: Container[str]) -> list[dict[str, Any]]:
+        """Those that share a rate; the first has the rate itself."""
+        faster = tuple(f".{up}" for up in UP) if self.up_factor != 1 else ()
+        if faster and not any(name.endswith(faster) for name in parameters):
             raise TrainingError("LoRA+ is for LoRA and DoRA.", remedy="Set up_factor to 1.")
-        chosen = {id(up) for up in ups}
-        others = [p for p in parameters.values() if id(p) not in chosen]
-        return [{"params": others}, {"params": ups, "lr": self.rate * self.up_factor}]
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            kind = self.text_rate is not None and name in text, name.endswith(faster)
+            groups.setdefault(kind, []).append(parameter)
+        rates = {kind: (self.text_rate or 0.0) if kind[0] else self.rate for kind in sorted(groups)}
+        return [
+            {"params": groups[kind], "lr": rate * (self.up_factor if kind[1] else 1)} for kind, rate in rates.items()
+        ]
 
     def schedule_of(self, optimizer: Optimizer, steps: int) -> LRScheduler:
         """Raises TrainingError for a schedule that there is not."""

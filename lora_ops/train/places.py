@@ -10,8 +10,10 @@ from ..errors import StackError, TargetError, shown
 from ..lora import Target, TargetMap
 from ..select import Pattern, Selector, choose
 
-# What diffusers trains if it is not told otherwise, and the same projections where a family calls them otherwise.
+# What diffusers trains if it is not told otherwise, and the same projections where a family calls them otherwise; of
+# text encoders, too.
 PROJECTIONS = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.to_query", "*.to_key", "*.to_value", "*.out_layer")
+TEXT_PROJECTIONS = ("*.q_proj", "*.k_proj", "*.v_proj", "*.out_proj")
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Place(NamedTuple):
     alpha: float
 
 
-def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
-    """The places of the denoiser that these aims mean, none overlapping another.
+def places(targets: TargetMap, aims: Sequence[Aim], part: str = "model") -> tuple[Place, ...]:
+    """The places of the denoiser, or of the part "clip", that these aims mean, none overlapping another.
 
     A name means the weight or band that has it; a role, or a pattern that means several cuts of one weight, its
     smallest parts (q, k and v of FLUX's fused matrices).
@@ -47,7 +49,7 @@ def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
     found: list[Place] = []
     used: set[int] = set()
     decided: dict[str, list[Target]] = {}
-    trainable = (t for t in targets.targets if t.part == "model" and len(t.shape) > 1 and not t.swap)
+    trainable = (target for target in targets.targets if target.part == part and _trains(target))
     for target in sorted(trainable, key=lambda target: target.rows.length):
         numbers = [number for number, aim in enumerate(aims) if _means(aim.pattern, target)]
         there = decided.setdefault(target.key, [])
@@ -64,21 +66,34 @@ def places(targets: TargetMap, aims: Sequence[Aim]) -> tuple[Place, ...]:
         if number not in used:
             chosen = f"'{shown(aim.pattern.text)}'" if aim.pattern else "Attention's projections"
             what = f"{chosen} chooses no weight that can be trained."
-            raise StackError(what, remedy="Choose weights of the denoiser.", pattern=aim.pattern)
+            remedy = f"Choose weights of the {'denoiser' if part == 'model' else 'text encoder'}."
+            raise StackError(what, remedy=remedy, pattern=aim.pattern)
     if not found:
         raise TargetError("Nothing is left to train.", remedy="Choose at least one place with a rank above 0.")
     order = {(target.key, target.band): number for number, target in enumerate(targets.targets)}
     return tuple(sorted(found, key=lambda place: order[place.target.key, place.target.band]))
 
 
-_ATTENTION = tuple(Pattern.parse(text) for text in PROJECTIONS)
+_ATTENTION = {
+    "model": tuple(Pattern.parse(text) for text in PROJECTIONS),
+    "clip": tuple(Pattern.parse(text) for text in TEXT_PROJECTIONS),
+}
 
 
 def _means(pattern: Pattern | None, target: Target) -> bool:
     """A band answers to its own names: its weight's key is the name of all rows."""
     if pattern is None:
-        return "attn" in target.role and any(_means(each, target) for each in _ATTENTION)
+        kind = "attn" if target.part == "model" else "text"
+        return kind in target.role and any(_means(each, target) for each in _ATTENTION[target.part])
     return pattern.matches(target.names if target.band is None else target.names[:-1], target.role)
+
+
+def _trains(target: Target) -> bool:
+    """Whether it is a matrix, or rows of one that have a name of their own; a text encoder's embeddings are looked up,
+    not multiplied with."""
+    named = target.band is None or len(target.names) > 1
+    table = target.part == "clip" and "embedding" in target.key
+    return len(target.shape) > 1 and named and not target.swap and not table
 
 
 def _overlap(one: Target, other: Target) -> bool:
@@ -95,5 +110,8 @@ def module_of(target: Target, targets: TargetMap) -> str:
 
 
 def _names(target: Target) -> Iterator[str]:
+    """Those that the host reads come first."""
+    if target.part == "clip":
+        yield f"text_encoders.{target.key.removesuffix('.weight')}"
     for prefix in ("diffusion_model.", "transformer.", "unet.", ""):
         yield from (prefix + name for name in target.names)

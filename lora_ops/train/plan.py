@@ -35,7 +35,8 @@ class Beginning(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """steps are the optimizer's; each takes accumulate batches. timesteps None: as the family's trainers recommend.
+    """steps are the optimizer's; each takes accumulate batches. text_aims are places of the text encoder that train,
+    too; () is none. timesteps None: as the family's trainers recommend.
 
     initial, of initial.KINDS, is what a LoRA's factors begin as.
 
@@ -46,6 +47,7 @@ class Plan:
 
     steps: int
     aims: tuple[Aim, ...] = (Aim(),)
+    text_aims: tuple[Aim, ...] = ()
     algebra: str = "lora"
     initial: str = "gaussian"
     rank_stabilised: bool = False
@@ -81,8 +83,9 @@ class Plan:
 
         Raises StackError or TargetError like places.
         """
-        found = places(targets, self.aims)
-        if self.algebra == "oft" and (self.rank_stabilised or any(aim.alpha is not None for aim in self.aims)):
+        found = places(targets, self.aims) + (places(targets, self.text_aims, "clip") if self.text_aims else ())
+        alphas = any(aim.alpha is not None for aim in (*self.aims, *self.text_aims))
+        if self.algebra == "oft" and (self.rank_stabilised or alphas):
             raise TrainingError("OFT has no alpha.", remedy="Leave alpha and rank_stabilised out.")
         return tuple(p._replace(alpha=p.alpha * p.rank**0.5) for p in found) if self.rank_stabilised else found
 
@@ -144,5 +147,8 @@ class Plan:
 
     def told(self) -> str:
         """As text, for the state and the file's metadata."""
-        values = asdict(self) | {"aims": [[a.pattern and a.pattern.text, a.rank, a.alpha] for a in self.aims]}
-        return json.dumps(values, default=str, sort_keys=True)
+        aims = {
+            name: [[aim.pattern and aim.pattern.text, aim.rank, aim.alpha] for aim in there]
+            for name, there in (("aims", self.aims), ("text_aims", self.text_aims))
+        }
+        return json.dumps(asdict(self) | aims, default=str, sort_keys=True)

@@ -60,7 +60,8 @@ class Wrapper:
             each = Trained(place, adapter, (taken_off or {}).get(place))
             there.setdefault(place.target.key, []).append(each)
         self.trained = tuple(each for found in there.values() for each in found)
-        self._others = [module for module in modules.values() if not is_map(module)]
+        # What is looked up in a table is a tensor of its own; the table is the largest weight of a text encoder.
+        self._others = [m for m in modules.values() if not is_map(m) and not isinstance(m, nn.Embedding)]
         self._hooks = [
             Hook(self, module, name, there.pop(f"{name}.weight", ()), weight_of)
             for name, module in modules.items()

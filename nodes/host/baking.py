@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import comfy.float
@@ -33,6 +33,7 @@ class Weight:
     base: Tensor
     patches: tuple[Any, ...]
     device: torch.device  # where the host computes it
+    loaded: Tensor | None = None  # the host's own with the same patches, where the model is loaded with them
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,7 +67,7 @@ class Weight:
 class Quantised(Weight):
     """A weight that the host stores quantised, in several tensors; it is written as floats."""
 
-    model: Any
+    model: Any = field(kw_only=True)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         yield self.rounded(dtype)
@@ -94,7 +95,7 @@ class Quantised(Weight):
 class Stored(Weight):
     """One of the tensors that a quantised weight is stored in."""
 
-    whole: Quantised
+    whole: Quantised = field(kw_only=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,10 +138,13 @@ def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dic
     Raises TargetError for what has no one value to write.
     """
     patches = {key: tuple(there) for key, there in patcher.patches.items()}
+    same = patcher.model.current_weight_patches_uuid == patcher.patches_uuid
+    sampled = patcher.backup.keys() - patcher.hook_backup.keys() if same else frozenset()
     if attached := live.bakeable(patcher):
         for key, pieces in attached.pieces.items():
             patch = LandedPatch.of(pieces, attached.rows)
             patches[key] = (*patches.get(key, ()), (1.0, patch, 1.0, None, None))
+        sampled -= attached.pieces.keys()
     base, quantised = Base.of(patcher), dict[str, Quantised]()
 
     def unpatched(key: str, tensor: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dic
         if isinstance(weight, QuantizedTensor) and key.startswith(prefix):
             there = patches.get(key, ())
             quantised[key] = Quantised(
-                key, unpatched(key, cast(Tensor, weight)), there, patcher.load_device, patcher.model
+                key, unpatched(key, cast(Tensor, weight)), there, patcher.load_device, model=patcher.model
             )
     found: dict[str, Weight] = {}
     for key, tensor in patcher.model_state_dict(prefix or None).items():
@@ -160,14 +164,15 @@ def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dic
         if there:
             tensor = get_key_weight(patcher.model, key)[0]
             _require_rule(type(tensor) in storing.PLAIN, key, tensor)
-        found[key] = Weight(key, unpatched(key, tensor), there, patcher.load_device)
+        loaded = tensor.detach() if key in sampled else None
+        found[key] = Weight(key, unpatched(key, tensor), there, patcher.load_device, loaded)
     for key, weight in quantised.items():
         _require_rule(not weight.patches or get_key_weight(patcher.model, key)[1] is not None, key, weight.base)
         if dequantised:
             found = _with_floats(found, weight)
         else:
             found |= {
-                name: Stored(name, tensor, weight.patches, weight.device, weight)
+                name: Stored(name, tensor, weight.patches, weight.device, whole=weight)
                 for name, tensor in weight.tensors.items()
             }
     return found

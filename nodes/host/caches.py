@@ -1,5 +1,5 @@
 """The caches: parsed LoRA files, so that a changed strength reads no file again; the hashes of their tensors; live
-hooks, so that a changed strength makes none."""
+hooks, so that a changed strength makes none; the hashes of text encoders and VAEs."""
 
 from __future__ import annotations
 
@@ -96,6 +96,9 @@ def report_of(name: str, path: str, state: str) -> Report:
     """What the file of this name is, as long as it is in this state (see names.state). Its tensors are not kept."""
     lora = from_file(replace(read_file(path), source=name))
     return report(lora, trigger_words(lora.metadata, path))
+
+
+weights: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # module -> the hash of its weights (shelf.weights_key)
 
 
 @dataclass(eq=False)

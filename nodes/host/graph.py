@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from comfy_execution.graph_utils import ExecutionBlocker
 
 from ...lora_ops.errors import StackError
 
@@ -22,3 +25,24 @@ def require_inputs(hidden: Any, **outputs: Any) -> None:
     for number, (name, value) in enumerate(outputs.items()):
         if value is None and in_use(hidden, number):
             raise StackError(f"The {name} output is in use, the input is not connected.", remedy=f"Connect a {name}.")
+
+
+def nothing(why: str | None = None) -> Any:
+    """An output that has no value: what is behind it does not run, and says why if there is a reason."""
+    return ExecutionBlocker(why)
+
+
+def upstream(prompt: Mapping[str, Any], node: str) -> dict[str, Any]:
+    """A node and all that it needs, as the API takes them: what the host notes in a prompt is left out."""
+    found: dict[str, Any] = {}
+    waiting = [node]
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name in prompt:
+            found[name] = {key: prompt[name][key] for key in ("class_type", "inputs", "_meta") if key in prompt[name]}
+            waiting += [value[0] for value in prompt[name]["inputs"].values() if _is_link(value)]
+    return found
+
+
+def _is_link(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)

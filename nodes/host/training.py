@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
@@ -14,6 +14,7 @@ import comfy.ops
 import comfy.patcher_extension
 import comfy.sampler_helpers
 import comfy.samplers
+import comfy.sd
 import psutil
 import torch
 from comfy.patcher_extension import PatcherInjection
@@ -28,7 +29,7 @@ from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.frozen import stored_weight
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
-from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, estimate, out_of_memory, probe
+from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, copying, estimate, out_of_memory, probe
 from ...lora_ops.train.places import Place
 from ...lora_ops.train.plan import Beginning, Plan
 from ...lora_ops.train.timesteps import Timesteps, recommended
@@ -42,6 +43,7 @@ KEY = "lora_ops_train"
 NETWORK = "diffusion_model"
 # What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
 REFUSED = ("control", "gligen", "hooks", "area", "mask", "timestep_start", "timestep_end", "start_percent")
+TEXT_ENCODERS = ("sd15", "sdxl")  # families whose text encoders train
 SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
 
 
@@ -53,82 +55,177 @@ def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight.dequantize().to(like.dtype) if isinstance(weight, QuantizedTensor) else weight, bias
 
 
-class Model:
-    """A MODEL to train on: its own patcher around the same modules; the MODEL stays what it is.
+class _Part:
+    """A model of the host and its own clone of the patcher, with a wrapper in it while it trains."""
 
-    Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
-    TrainingError for what runs live and looks at its weight: the gradient of that is not known here.
-    """
-
-    def __init__(self, model: Any) -> None:
-        for key in turned(model):
+    def __init__(self, patcher: Any, modules: Mapping[str, nn.Module]) -> None:
+        for key in turned(patcher):
             what = "has a DoRA or another change that depends on its weight on it live."
             raise TrainingError(what, module=key, remedy="Put that LoRA on in mode patch to train on top of it.")
-        self.model = model
-        self.patcher = model.clone()
+        self.patcher, self.modules = patcher, modules
+
+    def put(self, wrapper: Wrapper) -> None:
+        """The wrapper goes in before all other hooks, so that their gradients are autograd's."""
+        self.patcher.injections = {KEY: [_injection(wrapper)], **self.patcher.injections}
+
+    def lend(self, patcher: Any) -> None:
+        """Put the wrapper into another clone."""
+        patcher.injections = {KEY: self.patcher.injections[KEY], **patcher.injections}
+
+    def enter(self) -> None:
+        self.patcher.eject_model()  # what was in from another clone
+        self.patcher.inject_model()
+        self.patcher.pre_run()
+
+    def leave(self) -> None:
+        self.patcher.cleanup()
+        self.patcher.unpatch_model(unpatch_weights=False)
+
+    def take_out(self, wrapper: Wrapper) -> None:
+        wrapper.remove()
+        self.patcher.injections.pop(KEY, None)
+
+
+class Prompt(NamedTuple):
+    """A condition of which the text encoder makes a conditioning in each step; options are what else that says."""
+
+    tokens: Any
+    options: Mapping[str, Any]
+
+
+class _Loaded(comfy.sd.CLIP):
+    """A CLIP that is where it should be."""
+
+    def load_model(self, tokens: Any = ()) -> Any:
+        return self.patcher
+
+
+class Text(_Part):
+    """A CLIP to train on."""
+
+    def __init__(self, clip: Any) -> None:
+        if clip.use_clip_schedule or clip.patcher.forced_hooks is not None:
+            what = "The CLIP has hooks, which training does not use."
+            raise TrainingError(what, remedy="Connect it as it was before those.")
+        self.clip, self._loaded = clip, clip.clone()
+        self._loaded.__class__ = _Loaded
+        named = self._loaded.cond_stage_model.named_modules()
+        super().__init__(self._loaded.patcher, {name: module for name, module in named if name})
+
+    def prompt(self, text: str, options: Mapping[str, Any]) -> Prompt:
+        return Prompt(self.clip.tokenize(text), options)
+
+    def encode(self, prompt: Prompt) -> list[Any]:
+        """The CONDITIONING of a prompt, by the host's own encoder, whose layers add in place."""
+        with copying() if torch.is_grad_enabled() else nullcontext():
+            ((cross, options),) = self._loaded.encode_from_tokens_scheduled(prompt.tokens, show_pbar=False)
+        return [[cross, {**prompt.options, **options}]]
+
+    def lent(self) -> Any:
+        clip = self.clip.clone()
+        self.lend(clip.patcher)
+        return clip
+
+
+class Model(_Part):
+    """A MODEL to train on: its own patcher around the same modules; the MODEL stays what it is. So does clip, a CLIP
+    that trains along.
+
+    Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
+    TrainingError for what runs live and looks at its weight: the gradient of that is not known here; and for a text
+    encoder that nobody has seen to train here.
+    """
+
+    def __init__(self, model: Any, clip: Any = None) -> None:
+        self.model, self.network = model, model.model.diffusion_model
+        modules = {f"{NETWORK}.{name}": module for name, module in self.network.named_modules() if name}
+        super().__init__(model.clone(), modules)
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.patcher.add_object_patch("model_sampling", _answering(self.sampling))
-        self.network: nn.Module = self.patcher.model.diffusion_model
-        self.modules = {f"{NETWORK}.{name}": module for name, module in self.network.named_modules() if name}
+        self.text = None if clip is None else Text(clip)
         self._out_of_place = self._copying = False
         self._memory = 0  # that the host keeps free while it is loaded
         self._training = False  # what the host's flag was before
+        if self.text is not None and (family := self.targets().family) not in TEXT_ENCODERS:
+            what = f"The text encoder of {shown(family)} is none that this version trains."
+            raise TrainingError(what, remedy="Train the model alone.")
+
+    @property
+    def _parts(self) -> list[_Part]:
+        return [self] if self.text is None else [self, self.text]
 
     def targets(self) -> TargetMap:
-        return targets(self.patcher, None)
+        return targets(self.patcher, self.text and self.text.clip)
+
+    def part(self, place: Place) -> _Part:
+        return self if place.target.part == "model" or self.text is None else self.text
 
     def weight(self, place: Place) -> Tensor:
         """The rows of a place's weight, as the model is loaded."""
-        comfy.model_management.load_models_gpu([self.patcher])
-        like = torch.empty(0, device=self.patcher.load_device)
-        weight, _ = weight_of(self.modules[place.target.key.removesuffix(".weight")], like)
+        part = self.part(place)
+        comfy.model_management.load_models_gpu([part.patcher])
+        like = torch.empty(0, device=part.patcher.load_device)
+        weight, _ = weight_of(part.modules[place.target.key.removesuffix(".weight")], like)
         return weight.narrow(0, place.target.rows.start, place.target.rows.length)
 
-    @contextmanager
-    def running(self, wrapper: Wrapper, batch: Sequence[Item], *, checkpointing: bool = False) -> Iterator[Probe]:
-        """While inside, the model is loaded with the wrapper in it, and answers with gradients; yields what a batch
-        like this one keeps for them.
+    def wrappers(self, begun: Beginning, dropout: float = 0.0) -> list[Wrapper]:
+        """Those of the model and of the text encoder, on their devices."""
+        found: list[Wrapper] = []
+        for part in self._parts:
+            adapters = {place: adapter for place, adapter in begun.adapters.items() if self.part(place) is part}
+            more = {"taken_off": begun.taken_off, "dropout": dropout, "weight_of": weight_of}
+            found.append(Wrapper(part.modules, adapters, **more))
+            for each in found[-1].trained:
+                each.to(part.patcher.load_device)
+        return found
 
-        The wrapper goes in before all other hooks, so that their gradients are autograd's. Raises TrainingError for a
-        model whose blocks cannot be computed again.
+    @contextmanager
+    def running(
+        self, wrappers: Sequence[Wrapper], batch: Sequence[Item], *, checkpointing: bool = False
+    ) -> Iterator[Probe]:
+        """While inside, the model is loaded with its wrapper in it, and the text encoder with its own, and they answer
+        with gradients; yields what a batch like this one keeps for them.
+
+        Raises TrainingError for a model whose blocks cannot be computed again.
         """
-        patcher = self.patcher
-        patcher.injections = {KEY: [_injection(wrapper)], **patcher.injections}
-        self._memory = patcher.memory_required([len(batch), *batch[0].shape])
+        self._memory = self.patcher.memory_required([len(batch), *batch[0].shape])
         self._training = comfy.model_management.in_training
         with torch.inference_mode(False), torch.enable_grad():
             try:
+                for part, wrapper in zip(self._parts, wrappers, strict=True):
+                    part.put(wrapper)
                 self._enter()
                 with checkpointed(self.network) if checkpointing else nullcontext():
                     yield self._examined(batch, checkpointing)
             finally:
                 self._leave()
-                wrapper.remove()
-                patcher.injections.pop(KEY)
+                for part, wrapper in zip(self._parts, wrappers, strict=True):
+                    part.take_out(wrapper)
 
     def _enter(self) -> None:
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=self._memory)
-        self.patcher.eject_model()  # what was in from another clone
-        self.patcher.inject_model()
-        self.patcher.pre_run()
+        patchers = [part.patcher for part in self._parts]
+        comfy.model_management.load_models_gpu(patchers, memory_required=self._memory)
+        for part in self._parts:
+            part.enter()
         comfy.model_management.in_training = True
 
     def _leave(self) -> None:
         comfy.model_management.in_training = self._training
-        self.patcher.cleanup()
-        self.patcher.unpatch_model(unpatch_weights=False)
+        for part in self._parts:
+            part.leave()
 
     @contextmanager
-    def lent(self) -> Iterator[Any]:
-        """While inside, where it is running, a MODEL for the host's own samplers: the one that came, with the wrapper
-        in it. Afterwards everything is as it was, the process's random state too."""
+    def lent(self) -> Iterator[tuple[Any, Any]]:
+        """While inside, where it is running, a MODEL and a CLIP (None: it does not train) for the host's own nodes:
+        those that came, with the wrappers in them. Afterwards everything is as it was, the process's random state
+        too."""
         device = self.patcher.load_device
         self._leave()
         try:
             model = self.model.clone()
-            model.injections = {KEY: self.patcher.injections[KEY], **model.injections}
+            self.lend(model)
             with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
-                yield model
+                yield model, self.text and self.text.lent()
         finally:
             self._enter()
 
@@ -165,6 +262,8 @@ class Model:
     def predict(self, noisy: Tensor, sigma: Tensor, conditions: Sequence[Any]) -> Tensor:
         """The model's answer in float32. conditions are those of items. Raises the host's interrupt."""
         comfy.model_management.throw_exception_if_processing_interrupted()
+        if self.text is not None:
+            conditions = [self.text.encode(each) for each in conditions]
         with OutOfPlace() if self._out_of_place else nullcontext():
             encoded = [self._encoded(each, noisy[n : n + 1]) for n, each in enumerate(conditions)]
             first = encoded[0]
@@ -203,24 +302,37 @@ class Model:
             return wrapper(apply, call)
         return apply(noisy, sigma, **conditioning)
 
-    def item(self, latent: Tensor, condition: Sequence[Any], guidance: float | None = None, **more: Any) -> Item:
-        """An item from one latent of a LATENT (channels, …) and one CONDITIONING.
+    def item(
+        self,
+        latent: Tensor,
+        condition: Sequence[Any],
+        guidance: float | None = None,
+        *,
+        caption: str | None = None,
+        **more: Any,
+    ) -> Item:
+        """An item from one latent of a LATENT (channels, …) and one CONDITIONING, and where the text encoder trains
+        its caption.
 
         guidance is what a guidance-distilled model (FLUX.1 dev) is told, instead of what the conditioning says. Raises
-        TrainingError for a conditioning that is more than a description of one picture, and for guidance to a model
-        that is told none.
+        TrainingError for a conditioning that is more than a description of one picture, for guidance to a model that is
+        told none, and where a caption is missing.
         """
-        return Item((self._scaled(latent),), (self._described(condition, guidance),), **more)
+        return Item((self._scaled(latent),), (self._described(condition, caption, guidance),), **more)
 
     def items(self, dataset: Dataset, guidance: float | None = None) -> tuple[list[Item], list[Item]]:
         """What to learn from and what is only looked at. Raises TrainingError like item, naming the picture."""
-        empty = None if dataset.empty is None else self._described(dataset.empty, guidance)
+        empty = None if dataset.empty is None else self._described(dataset.empty, "", guidance)
 
         def item(picture: Picture, dropout: float) -> Item:
+            captions = picture.captions or [None] * len(picture.conditions)
             try:
                 return Item(
                     tuple(map(self._scaled, picture.latents)),
-                    tuple(self._described(each, guidance) for each in picture.conditions),
+                    tuple(
+                        self._described(condition, caption, guidance)
+                        for condition, caption in zip(picture.conditions, captions, strict=True)
+                    ),
                     tuple(_placed(mask, picture.latents[0]) for mask in picture.masks),
                     empty,
                     dropout,
@@ -231,15 +343,16 @@ class Model:
                 error.file = picture.name
                 raise
 
-        return [item(each, dataset.dropout) for each in dataset.pictures], [
-            item(each, 0.0) for each in dataset.held_out
-        ]
+        learned = [item(each, dataset.dropout) for each in dataset.pictures]
+        return learned, [item(each, 0.0) for each in dataset.held_out]
 
     def _scaled(self, latent: Tensor) -> Tensor:
         with torch.inference_mode(False):
             return self.patcher.model.process_latent_in(latent[None].float().clone())[0]
 
-    def _described(self, condition: Sequence[Any], guidance: float | None) -> Sequence[Any]:
+    def _described(
+        self, condition: Sequence[Any], caption: str | None, guidance: float | None
+    ) -> Prompt | Sequence[Any]:
         if len(condition) != 1:
             what = f"A picture has {len(condition)} conditionings at once; it should have one."
             raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
@@ -248,24 +361,30 @@ class Model:
             if options.get(name) is not None:
                 what = f"A picture's conditioning has {shown(name)}, which training does not use."
                 raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
-        if guidance is None:
-            return condition
-        if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
-            raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
-        return [[cross, {**options, "guidance": guidance}]]
+        if guidance is not None:
+            if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
+                raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
+            options = {**options, "guidance": guidance}
+        if self.text is None:
+            return [[cross, options]]
+        if caption is None:
+            what = "A picture has a conditioning and no caption, which the text encoder could learn from."
+            raise TrainingError(what, remedy="Give captions, or train the model alone.")
+        return self.text.prompt(caption, options)
 
     def begin(self, plan: Plan, where: Sequence[Place], items: Sequence[Item], timesteps: Timesteps) -> Beginning:
         """What the plan's training begins with on this model."""
 
         def directions() -> dict[Place, Tensor]:
-            with self.running(Wrapper({}, {}), items[:1]), torch.no_grad():
+            nothing = [Wrapper({}, {}) for _ in self._parts]
+            modules = {name: module for part in self._parts for name, module in part.modules.items()}
+            with self.running(nothing, items[:1]), torch.no_grad():
                 device = self.patcher.load_device
-                return of_inputs(
-                    self.modules, where, looks(plan, items, self.predict, self.sampling, timesteps, device)
-                )
+                return of_inputs(modules, where, looks(plan, items, self.predict, self.sampling, timesteps, device))
 
         return plan.begin(where, self.weight, directions)
 
+    @torch.inference_mode(False)
     def learn(
         self,
         plan: Plan,
@@ -289,16 +408,17 @@ class Model:
         Raises the host's interrupt when the user asks for it, TrainingError, naming the setting that frees most, when
         memory runs out; what was learned until then is in path, and stopped has been called, if there was a step.
         """
+        if bool(plan.text_aims) != (self.text is not None):
+            what = "The plan trains {} text encoder, and {} CLIP is given.".format(
+                *("no a" if self.text else "a no").split()
+            )
+            raise TrainingError(what, remedy="Give both or none.")
         device, targets = self.patcher.load_device, self.targets()
         where = plan.places(targets)
         timesteps = plan.timesteps or recommended(targets.family, self.sampling)
         begun = self.begin(plan, where, items, timesteps) if lora is None else plan.go_on(where, lora, targets)
-        wrapper = Wrapper(
-            self.modules, begun.adapters, taken_off=begun.taken_off, dropout=plan.dropout, weight_of=weight_of
-        )
-        for each in wrapper.trained:
-            each.to(device)
-        run = Run(plan, wrapper, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
+        wrappers = self.wrappers(begun, plan.dropout)
+        run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
         if path is not None and path.exists():
             state.restore(path, run)
         session = Session(self, run, path)
@@ -311,7 +431,7 @@ class Model:
 
         needed: Estimate | None = None
         try:
-            with self.running(wrapper, widest(items, plan.batch), checkpointing=checkpointing) as found:
+            with self.running(wrappers, widest(items, plan.batch), checkpointing=checkpointing) as found:
                 needed = estimate(found.kept, run.parameters, plan.descent, ema=bool(plan.ema))
                 foreseen(needed, comfy.model_management.get_free_memory(device))
                 train(
@@ -337,10 +457,12 @@ class Model:
 
 
 class Session:
-    """A run, for who looks on between two steps."""
+    """A run, for who looks on between two steps. clip is, while it draws, the CLIP that encodes with what was learned;
+    None where the text encoder does not train."""
 
     def __init__(self, model: Model, run: Run, path: Path | None) -> None:
         self._model, self._run, self._path = model, run, path
+        self.clip: Any = None
 
     def lora(self, name: str) -> Lora:
         """What was learned until now: the average, where there is one."""
@@ -355,8 +477,11 @@ class Session:
     def sample(self, draw: Callable[[Any], T]) -> T:
         """What draw makes of a MODEL that the host's own samplers take, with what was learned until now. The MODEL is
         good while draw runs; training goes on as if nothing had been drawn. Raises what draw raises."""
-        with self._run.result(), self._model.lent() as model:
-            return draw(model)
+        with self._run.result(), self._model.lent() as (model, self.clip):
+            try:
+                return draw(model)
+            finally:
+                self.clip = None
 
 
 class Finish(Exception):

@@ -19,21 +19,25 @@ from .renaming import Rule, computed, renamed
 @dataclass(frozen=True)
 class Verified:
     """How far a file is from the live weights: of so many, this many are equal, and the worst is so many units in the
-    last place away, each of the coarser dtype: rounding to both explains one."""
+    last place away, each of the coarser dtype: rounding to both explains one. loaded: so many patched ones were
+    compared with what the host itself had loaded; the others, computed as it would."""
 
     weights: int = 0
     equal: int = 0
+    loaded: int = 0
     worst: str = ""
     ulps: float = 0.0
     relative: float = 0.0  # of the worst weight, in the norm
 
     def joined(self, other: Verified) -> Verified:
         worst = max(self, other, key=lambda each: each.ulps)
-        return Verified(self.weights + other.weights, self.equal + other.equal, worst.worst, worst.ulps, worst.relative)
+        counts = (getattr(self, name) + getattr(other, name) for name in ("weights", "equal", "loaded"))
+        return Verified(*counts, worst.worst, worst.ulps, worst.relative)
 
     @property
     def text(self) -> str:
         told = f"{self.equal} of {self.weights} weights equal the live ones"
+        told += f" ({self.loaded} patched ones as they are loaded)" if self.loaded else ""
         return told + (f"; worst {self.worst}: {self.ulps:.2g} ulp, {self.relative:.1e}" if self.ulps else "")
 
 
@@ -74,17 +78,18 @@ def _verify(
 
 def _compared(part: Part, key: str, read: Tensor, header: Header) -> Verified:
     weight = part.weights[key]
-    live = weight.rounded(weight.base.dtype)
+    loaded = weight.loaded is not None
+    live = weight.rounded(weight.base.dtype) if weight.loaded is None else weight.loaded.to("cpu")
     if read.shape != live.shape:
         raise FileError(f"has the shape {tuple(read.shape)}, not {tuple(live.shape)}.", file=header.path, module=key)
     wide = torch.promote_types(read.dtype, live.dtype)
     if torch.equal(read.to(wide), live.to(wide)):
-        return Verified(1, 1)
+        return Verified(1, 1, loaded)
     far, relative = distance(read, live)
     if not far <= 1:
         what = f"is {far:.3g} ulp from the live weight, more than rounding explains."
         raise FileError(what, file=header.path, module=key, remedy="Nothing was saved; please report this.", ulps=far)
-    return Verified(1, 0, weight.key, far, relative)
+    return Verified(1, 0, loaded, weight.key, far, relative)
 
 
 def distance(one: Tensor, other: Tensor) -> tuple[float, float]:

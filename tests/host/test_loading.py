@@ -191,6 +191,34 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
             ],
             [("STRING", "path"), ("STRING", "receipt")],
         ),
+        "LoraOpsDataset": (
+            [
+                *("folder", "images", "captions", "masks", "latents", "conditioning", "vae", "clip", "resolution"),
+                *("trigger_word", "repeats", "mirror", "mask_from", "unmasked_weight", "tag_orders", "keep_tags"),
+                *("caption_dropout", "regularisation", "regularisation_weight", "validation", "aspect_buckets"),
+                *("bucket_step", "enlarge", "cache"),
+            ],
+            [("LORA_DATASET", "dataset"), ("IMAGE", "preview"), ("STRING", "report")],
+        ),
+        "LoraOpsTrain": (
+            [
+                *("model", "dataset", "clip", "vae", "sample_positive", "sample_negative"),
+                *("preset", "name", "steps", "batch", "accumulation", "learning_rate", "rank", "alpha"),
+                *("targets", "adapter", "optimizer", "schedule", "objective", "loss", "timesteps", "text_encoder"),
+                *("sample_prompts", "sample_every", "save_every", "resume", "seed"),
+                *("sample_width", "sample_height", "sample_steps", "sample_cfg", "sample_sampler"),
+                *("sample_scheduler", "sample_seed", "precision", "checkpointing", "ema", "dropout"),
+                *("clip_norm", "noise_offset", "guidance", "masked", "validate_every", "dry_run"),
+            ],
+            [
+                ("LORA_MODEL", "lora"),
+                ("MODEL", "MODEL"),
+                ("LOSS_MAP", "loss_map"),
+                ("IMAGE", "samples"),
+                ("STRING", "report"),
+            ],
+        ),
+        "LoraOpsLossPlot": (["loss_map", "width", "height", "log_scale"], [("IMAGE", "plot")]),
     }
 
 

@@ -223,6 +223,23 @@ def quantised(ours, pack, tmp_path_factory):
     return load
 
 
+def test_a_model_that_is_loaded_is_compared_with_what_it_samples_with(save, samples, apply, ours):
+    """Not with the same computation again: that would be as wrong as the file."""
+    import comfy.model_management
+
+    model = inside.model("flux")
+    changed = apply(model, (samples(model, 0, seed=1), 0.7))
+    comfy.model_management.load_models_gpu([changed])
+    ((saved),) = save("diffusion model", model=changed)
+    assert saved.verified.loaded == len(changed.patches) > 10
+    saved.path.unlink()
+    key = next(iter(changed.patches))
+    changed.backup[key].weight.add_(1)  # the file will be computed from another base than the loaded weight was
+    with pytest.raises(ours("lora_ops.errors").FileError, match="more than rounding explains") as caught:
+        save("diffusion model", model=changed)
+    assert key.endswith(caught.value.module) and not list(saved.path.parent.glob("*.safetensors"))
+
+
 def floats(patcher):
     """The model's values, as float32."""
     state = {key: each for key, each in patcher.model.named_parameters() if key.endswith(("weight", "bias", "scale"))}

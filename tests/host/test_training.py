@@ -74,7 +74,7 @@ class Session:
             self.run = train.loop.Run(self.plan, self.wrapper)
 
     def running(self, **more):
-        return self.model.running(self.wrapper, [self.item], **more)
+        return self.model.running([self.wrapper], [self.item], **more)
 
     def gradients(self, **more):
         with torch.inference_mode(), self.running(**more):
@@ -153,7 +153,7 @@ def test_gradients_are_those_of_the_merged_weights(train):
             del module._parameters[attribute]
             setattr(module, attribute, weight)
         empty = train.wrapper.Wrapper({}, {})
-        with torch.inference_mode(), session.model.running(empty, [session.item]):
+        with torch.inference_mode(), session.model.running([empty], [session.item]):
             run = Bare(session.plan, factors)
             args = run, [session.item], session.model.predict, session.model.sampling, session.timesteps
             train.loop._gradients(*args)
@@ -203,6 +203,7 @@ def test_roles_mean_the_smallest_parts_and_names_what_they_name(train, ours):
     assert bands(("role:attn", 8)) == [(0, 3072, 8), (3072, 3072, 8), (6144, 3072, 8)]
     assert bands(("role:attn", 8), ("*.to_k", 2)) == [(0, 3072, 8), (3072, 3072, 2), (6144, 3072, 8)]
     assert bands(("role:attn", 8), ("*.to_k", 0)) == [(0, 3072, 8), (6144, 3072, 8)]
+    assert bands(("role:mlp", 8)) == [(9216, 12288, 8)]  # and not x-flux's rows of no name
     with pytest.raises(train.errors.StackError):
         bands(("*.nowhere", 8))
     with pytest.raises(train.errors.StackError, match="no weight that can be trained"):
@@ -418,8 +419,18 @@ def test_cancelling_keeps_the_state(train, tmp_path):
         if done.step == 2:
             comfy.model_management.interrupt_current_processing()
 
+    kept = []
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        session.model.learn(plan, [session.item], name="x", path=path, stepped=cancel)
+        session.model.learn(
+            plan,
+            [session.item],
+            name="x",
+            path=path,
+            stepped=cancel,
+            stopped=lambda session: kept.append((session.lora("kept"), path.exists())),
+        )
+    ((lora, saved),) = kept
+    assert lora.modules and saved
     assert not comfy.model_management.in_training
     steps = []
     session.model.learn(plan, [session.item], name="x", path=path, stepped=lambda done, _: steps.append(done.step))
@@ -498,3 +509,130 @@ def test_a_conditioning_that_is_no_plain_prompt_is_refused(train):
     for wrong in ([[cross, options | {"control": object()}]], [[cross, options]] * 2, []):
         with pytest.raises(train.errors.TrainingError):
             session.model.item(noise(16, 16, 16), wrong)
+
+
+def drawn(family, seed):
+    """What the host's own sampler makes of a MODEL, in two steps; draws from the process's random numbers, too."""
+    import comfy.sample
+
+    def draw(model):
+        assert torch.is_inference_mode_enabled()
+        latent = torch.zeros(1, *CASES[family][2])
+        with torch.random.fork_rng([]):
+            torch.manual_seed(seed)
+            start = torch.randn(latent.shape)
+        torch.randn(7)
+        prompt = conditioning(family)
+        args = model, start, 2, 3.0, "euler", "simple", prompt, prompt, latent
+        return comfy.sample.sample(*args, seed=seed, disable_pbar=True)
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("family", "optimizer", "checkpointing"),
+    [("flux", "adamw", False), ("flux", "schedule_free", True), ("sd15", "adamw", True), ("wan_t2v", "adamw", False)],
+)
+def test_training_goes_on_after_a_sample_as_if_there_had_been_none(train, ours, family, optimizer, checkpointing):
+    """And the sample is that of the model with the LoRA so far on it."""
+    import comfy.model_management
+
+    if optimizer == "schedule_free":
+        pytest.importorskip("schedulefree")
+    session = Session(train, family)
+    descent = train.optimizers.Descent(optimizer, rate=3e-2)
+    plan = train.plan.Plan(5, (train.places.Aim(rank=4),), descent=descent, dropout=0.1, ema=0.5)
+    found, loras, losses = [], [], []
+
+    def look(done, session):
+        assert comfy.model_management.in_training and not torch.is_inference_mode_enabled()
+        seen.append(done.loss)
+        if len(loras) == 1 and done.step in (2, 3):
+            state = torch.get_rng_state()
+            found.append((session.lora("until now"), session.sample(drawn(family, done.step)), done.step))
+            assert torch.equal(torch.get_rng_state(), state)
+
+    for _ in range(2):
+        seen = []
+        with torch.inference_mode():
+            more = {"name": "x", "checkpointing": checkpointing, "stepped": look}
+            loras.append(session.model.learn(plan, [session.item], **more))
+        losses.append(seen)
+    assert losses[0] == losses[1]
+    for module, adapter in loras[0].modules.items():
+        assert torch.equal(adapter.up, loras[1].modules[module].up)
+        assert torch.equal(adapter.down, loras[1].modules[module].down)
+    base = [inside_inference(drawn(family, step), session.patcher) for _, _, step in found]
+    for (lora, sample, step), plain in zip(found, base, strict=True):
+        applied = inside_inference(drawn(family, step), landed(ours, session, lora))
+        assert (sample - applied).norm() < 1e-3 * (applied - plain).norm()
+
+
+def inside_inference(draw, model):
+    with torch.inference_mode():
+        return draw(model)
+
+
+def test_who_looks_on_may_save_now_and_end_the_run(train, tmp_path):
+    session, path = Session(train, "sd35_medium"), tmp_path / "state.safetensors"
+    plan = train.plan.Plan(6, (train.places.Aim(rank=4),), descent=train.optimizers.Descent(rate=1e-2), ema=0.5)
+    whole = session.model.learn(plan, [session.item], name="whole")
+
+    def end(done, session):
+        assert done.memory > 0
+        if done.step == 2:
+            session.save()
+            assert path.exists()
+        if done.step == 4:
+            raise train.host.Finish
+
+    steps = []
+    with torch.inference_mode():  # as a node has it: no tensor of the state may come from there
+        early = session.model.learn(plan, [session.item], name="early", path=path, stepped=end)
+        more = {"path": path, "stepped": lambda done, _: steps.append(done.step)}
+        rest = session.model.learn(plan, [session.item], name="rest", **more)
+    assert any(not torch.equal(each.up, whole.modules[name].up) for name, each in early.modules.items())
+    assert steps == [5, 6]
+    assert all(torch.equal(each.up, whole.modules[name].up) for name, each in rest.modules.items())
+    with pytest.raises(train.errors.TrainingError, match="no file"):
+        session.model.learn(plan, [session.item], name="x", stepped=lambda done, session: session.save())
+
+
+def test_an_estimate_alone_trains_nothing(train):
+    session, heard = Session(train, "sd35_medium"), []
+
+    def foreseen(needed, free):
+        heard.append(needed.total)
+        raise train.host.Finish
+
+    session.model.learn(session.plan, [session.item], name="x", foreseen=foreseen, stepped=lambda *_: heard.append(0))
+    assert len(heard) == 1 and heard[0] > 0
+
+
+def test_pictures_train_in_their_guises(train, ours):
+    """The host's scaling, the mirror image with its mask, no text at times, what is held out as it is."""
+    session, dataset = Session(train, "flux"), ours("lora_ops.train.dataset")
+    latent = noise(16, 16, 16, seed=5)
+    mask = torch.zeros(1, 16, 16)
+    mask[..., :3] = 1
+    prompt, empty = conditioning("flux"), conditioning("flux", seed=9)
+    picture = dataset.Picture(
+        "a.png", (latent, latent.flip(-1)), (prompt,), (mask, mask.flip(-1)), repeats=3, weight=0.5
+    )
+    data = dataset.Dataset((picture,), (picture,), empty, 0.5)
+    with torch.inference_mode():
+        (item,), (held,) = session.model.items(data, guidance=1.0)
+    scaled = session.patcher.model.process_latent_in(latent[None])[0]
+    torch.testing.assert_close(item.latents[0], scaled)
+    torch.testing.assert_close(item.latents[1], scaled.flip(-1))
+    assert torch.equal(item.masks[1], mask.flip(-1)) and (item.repeats, item.weight, item.dropout) == (3, 0.5, 0.5)
+    assert held.dropout == 0 and item.conditions[0][0][1]["guidance"] == item.empty[0][1]["guidance"] == 1.0
+    learned = session.model.learn(session.plan, [item], held_out=[held], name="x")
+    assert learned.modules
+    wrong = dataset.Picture("b.png", (latent,), (prompt,), (mask[..., :8],))
+    with pytest.raises(train.errors.TrainingError, match=r"b\.png.*16 x 8"):
+        session.model.items(dataset.Dataset((wrong,)))
+    video = Session(train, "wan_t2v")
+    wide = dataset.Picture("c.png", (noise(16, 1, 16, 16),), (conditioning("wan_t2v"),), (mask,))
+    (item,), _ = video.model.items(dataset.Dataset((wide,)))
+    assert item.masks[0].shape == (1, 1, 16, 16)

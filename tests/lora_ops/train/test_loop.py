@@ -109,6 +109,19 @@ def test_going_on_from_a_state_is_bit_identical(optimizer, accumulate, checkpoin
     assert rest.run.smoothed == whole.run.smoothed
 
 
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_looking_at_what_was_learned_changes_no_bit(optimizer):
+    """A schedule-free optimizer's average is got in place and given back in place, to rounding only."""
+    require(optimizer)
+    plan = replace(PLAN, ema=0.5, descent=Descent(optimizer, 0.01))
+    plain, seen = Small(plan).train(), Small(plan)
+    loras = []
+    seen.train(progress=lambda done: loras.append(seen.run.lora("until now")))
+    assert equal(seen.result(), plain.result())
+    assert torch.equal(loras[-1].modules["first"].up, plain.result()["first.up"])
+    assert not torch.equal(loras[0].modules["first"].up, loras[-1].modules["first"].up)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="what is killed is forked")
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(tmp_path):
     """LORA_OPS_KILLS times with each optimizer that is installed; without it twice with AdamW."""

@@ -1,0 +1,91 @@
+"""Course: a run of training set up on the host, from a node's settings and wires."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...lora_ops.errors import TrainingError
+from ...lora_ops.select import family_of
+from ...lora_ops.train.dataset import Dataset, Picture
+from ...lora_ops.train.loop import Progress
+from ...lora_ops.train.memory import Estimate
+from ...lora_ops.train.presets import choose
+from ...lora_ops.train.settings import Settings
+from .previews import Previews, prepared
+from .trainable import require_trainable
+from .training import Finish, Model, Session
+
+REHEARSED = 3  # steps of a dry run: the first one is slow
+
+
+@dataclass(frozen=True, eq=False)
+class Wires:
+    """What comes into the node."""
+
+    model: Any
+    dataset: Dataset
+    clip: Any | None = None
+    vae: Any | None = None
+    positive: Sequence[Any] = ()
+    negative: Sequence[Any] = ()
+
+
+class Course:
+    """A run that is set up: everything that can be refused is refused here, before anything is written."""
+
+    def __init__(self, settings: Settings, wires: Wires) -> None:
+        require_trainable(wires.model, wires.dataset)
+        self.settings, self.wires = settings, wires
+        self.model = Model(wires.model)
+        self.targets = self.model.targets()
+        self.family = family_of(self.targets)
+        guided = bool(wires.model.model.model_config.unet_config.get("guidance_embed"))
+        self.chosen = choose(settings.preset, self.family, self.model.sampling, guided=guided)
+        self.plan = settings.plan(self.chosen, self.targets)
+        self.places = self.plan.places(self.targets)
+        dataset = wires.dataset if settings.masked else _without_masks(wires.dataset)
+        self.items, self.held_out = self.model.items(dataset, settings.guidance or self.chosen.guidance)
+        self.previews = self._previews(dataset)
+
+    def _previews(self, dataset: Dataset) -> Previews | None:
+        settings, wires = self.settings, self.wires
+        try:
+            return prepared(
+                settings, self.chosen, wires.model, dataset, wires.clip, wires.vae, wires.positive, wires.negative
+            )
+        except TrainingError:
+            if settings.sample_every:
+                raise
+            return None  # nobody asked for any
+
+    def rehearsed(self) -> dict[str, Any]:
+        """What a step needs in memory and time, found by making a few; nothing of them is kept."""
+        found: dict[str, Any] = {}
+
+        def foreseen(needed: Estimate, free: int) -> None:
+            found.update(activations=needed.activations, parameters=needed.parameters, free=free)
+
+        def stepped(done: Progress, session: Session) -> None:
+            found.update(seconds=done.seconds, memory=done.memory)
+            if done.step == REHEARSED:
+                raise Finish
+
+        plan = replace(self.plan, steps=REHEARSED, save_every=0, validate_every=0)
+        self.model.learn(
+            plan,
+            self.items,
+            name="rehearsal",
+            checkpointing=self.settings.checkpointing,
+            foreseen=foreseen,
+            stepped=stepped,
+        )
+        return found
+
+
+def _without_masks(dataset: Dataset) -> Dataset:
+    def bare(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+        return tuple(replace(each, masks=()) for each in pictures)
+
+    return replace(dataset, pictures=bare(dataset.pictures), held_out=bare(dataset.held_out))

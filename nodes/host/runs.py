@@ -1,0 +1,277 @@
+"""Runs of training, told to the pages that watch while they run: losses, samples, saves, and what pages ask of them.
+
+The history of each lies in its folder, below the output folder's lora_ops, and is found there again after a restart of
+the host. What goes to a page is numbers, texts and our own ids: a path neither leaves nor comes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import folder_paths
+from PIL import Image
+from server import PromptServer
+
+from ...lora_ops.train.history import FILE, Ending, History, read, thinned
+from ...lora_ops.train.loop import Progress
+
+EVENT = "lora_ops.train"
+EVERY = 0.25  # seconds between two events of steps
+POINTS = 2000  # of the raw loss that a page gets at most
+WANTS = ("sample", "save", "finish")
+ENDINGS = ("done", "finished", "cancelled", "failed")
+KEPT = 32  # runs of this process in memory; older ones are read from their folders again
+
+_runs: OrderedDict[str, Run] = OrderedDict()
+
+
+def root() -> Path:
+    """Where runs have their folders."""
+    return Path(folder_paths.get_output_directory()) / "lora_ops"
+
+
+def workflow_of(extra_pnginfo: Any) -> str | None:
+    """The id of the workflow that the page queued, from a node's hidden input of this name."""
+    found = extra_pnginfo.get("workflow") if isinstance(extra_pnginfo, Mapping) else None
+    found = found.get("id") if isinstance(found, Mapping) else None
+    return str(found) if found else None
+
+
+def begin(node_id: Any, name: str, steps: int, folder: Path, workflow: str | None) -> Run:
+    """A run in this folder, which is made; one that was there before is gone on with. Pages hear of it at once.
+
+    node_id is the host's unique_id of the node.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        history = read(folder)
+        history.name, history.steps, history.node, history.workflow = name, steps, str(node_id), workflow
+        history.began, history.ending = time.time(), None
+    except FileNotFoundError:
+        history = History(name, steps, str(node_id), workflow, time.time())
+    except (OSError, ValueError) as error:
+        logging.warning("LoRA Ops: the history in %s is begun anew: %s", folder, error)
+        history = History(name, steps, str(node_id), workflow, time.time())
+    run = Run(history, folder, running=True)
+    _runs[run.id] = run
+    _runs.move_to_end(run.id)
+    while len(_runs) > KEPT:
+        _runs.popitem(last=False)
+    run.doing("preparing")
+    return run
+
+
+def known() -> list[Run]:
+    """All runs, those of this process and those that are on disk, the newest first."""
+    found = {run.id: run for run in _runs.values()}
+    for file in root().glob(f"**/{FILE}"):
+        if _id(file.parent) not in found and (run := _on_disk(file.parent)):
+            found[run.id] = run
+    return sorted(found.values(), key=lambda run: run.history.began, reverse=True)
+
+
+def find(run: str) -> Run | None:
+    """The run of this id."""
+    if run in _runs:
+        return _runs[run]
+    folder = next((file.parent for file in root().glob(f"**/{FILE}") if _id(file.parent) == run), None)
+    return None if folder is None else _on_disk(folder)
+
+
+def _on_disk(folder: Path) -> Run | None:
+    try:
+        return Run(read(folder), folder, running=False)
+    except (OSError, ValueError):
+        return None
+
+
+def _id(folder: Path) -> str:
+    return hashlib.sha256(str(folder.resolve()).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+class Run:
+    """One training run. The node's thread tells it how it goes and asks what is wanted; the pages' thread the reverse.
+
+    Nothing that goes wrong with the history stops the training; the page is told.
+    """
+
+    def __init__(self, history: History, folder: Path, *, running: bool) -> None:
+        self.history, self.folder, self.id = history, folder, _id(folder)
+        self.running = running
+        self.trouble = ""  # why the history is not on disk
+        self.note = ""  # what was done last
+        self._doing = ""
+        self._asked: dict[str, bool] = {}  # what a page wants -> whether the node has heard it
+        self._went_on = history.step > 0  # whether the next step says from where
+        self._told = history.step  # the last step that the pages have heard of
+        self._at = -EVERY
+        self._due = False  # whether the pages will be told soon
+        self._lock = Lock()
+
+    def doing(self, what: str) -> None:
+        """What takes time now instead of a step: "preparing", "sampling", … Until the next step, or ""."""
+        with self._lock:
+            self._doing = what
+        self._tell()
+
+    def stepped(self, progress: Progress, memory: int) -> None:
+        with self._lock:
+            before = self.history.step
+            self.history.stepped(progress, memory)
+            if self._went_on and progress.step > 1:
+                self.history.went_on(progress.step - 1)
+            self._went_on = False
+            if progress.step <= before:
+                self._told = min(self._told, progress.step - 1)
+            self._doing = ""
+            self._asked = {want: heard for want, heard in self._asked.items() if not heard or want == "finish"}
+            soon = self._at + EVERY - time.monotonic()
+        if soon <= 0:
+            self._tell()
+        elif not self._due and (server := getattr(PromptServer, "instance", None)):
+            self._due = True  # or a page would wait for these steps until the next one is done
+            server.loop.call_soon_threadsafe(server.loop.call_later, soon, self._tell)
+
+    def saved(self, step: int, path: Path, best: bool) -> None:
+        """A file of this step is in path."""
+        with self._lock:
+            self.history.saved(step, path.name, best)
+            self._told = min(self._told, self.history.step)
+            self.note = f"Saved {path.name}"
+            self._asked.pop("save", None)
+            self._keep()
+        self._tell()
+
+    def sampled(self, step: int, images: Sequence[Image.Image]) -> None:
+        """Keeps the pictures of this step."""
+        try:
+            (self.folder / "samples").mkdir(exist_ok=True)
+            for number, image in enumerate(images):
+                image.save(self.sample(step, number), compress_level=4)
+        except OSError as error:
+            self._troubled(error)
+            return self._tell()
+        with self._lock:
+            self.history.sampled(step, len(images), int(time.time() * 1000))
+            self._told = min(self._told, self.history.step)
+            self.note = f"Sampled at step {step}"
+            self._asked.pop("sample", None)
+        self._tell()
+
+    def ended(self, how: str, message: str) -> None:
+        """how is one of ENDINGS; the message says what the user has now."""
+        assert how in ENDINGS
+        with self._lock:
+            self.running, self._doing, self.note, self._asked = False, "", "", {}
+            self.history.ending = Ending(how, message, time.time())
+            self._keep()
+        self._tell()
+
+    def wanted(self) -> set[str]:
+        """What pages have asked for since the last call, of WANTS."""
+        with self._lock:
+            found = {want for want, heard in self._asked.items() if not heard}
+            self._asked = dict.fromkeys(self._asked, True)
+        return found
+
+    def ask(self, want: str) -> bool:
+        """False where nothing runs that could do it. What is asked for twice before it is done is done once."""
+        with self._lock:
+            if not self.running:
+                return False
+            self._asked.setdefault(want, False)
+        self._tell()
+        return True
+
+    def loss_map(self) -> dict[str, Any]:
+        with self._lock:
+            return self.history.loss_map()
+
+    def sample(self, step: int, number: int) -> Path:
+        """Where a picture is kept."""
+        return self.folder / "samples" / f"{step:06}_{number}.png"
+
+    def summary(self) -> dict[str, Any]:
+        """What a page shows of it in words."""
+        with self._lock:
+            return self._summary()
+
+    def _summary(self) -> dict[str, Any]:
+        history, speed = self.history, self.history.speed
+        ending = history.ending
+        state = "running" if self.running else ending.how if ending else "stopped"
+        left = (history.steps - history.step) / speed if speed and self.running else None
+        last = history.step > 0
+        return {
+            "run": self.id,
+            "name": history.name,
+            "node": history.node,
+            "workflow": history.workflow,
+            "state": state,
+            "doing": self._doing,
+            "asked": [want for want in WANTS if want in self._asked],
+            "message": ending.message if ending else "",
+            "note": self.note,
+            "trouble": self.trouble,
+            "began": history.began,
+            "at": time.time(),
+            "step": history.step,
+            "steps": history.steps,
+            "speed": speed,
+            "left": left,
+            "seconds": sum(history.columns["seconds"]),
+            "loss": history.columns["loss"][-1] if last else None,
+            "smoothed": history.columns["smoothed"][-1] if last else None,
+            "rate": history.columns["rate"][-1] if last else None,
+            "memory": history.memory,
+        }
+
+    def told(self, since: int = 0) -> dict[str, Any]:
+        """The summary, with the points after this step and the marks from it on."""
+        with self._lock:
+            return self._told_since(since)
+
+    def _told_since(self, since: int) -> dict[str, Any]:
+        history = self.history
+        steps, losses, smoothed = (history.columns[name] for name in ("step", "loss", "smoothed"))
+        first = bisect_right(steps, since)
+        points = [first + place for place in thinned(losses[first:], POINTS)]
+        validations = [each for each in history.validations if each.step >= since]
+        validations = [validations[place] for place in thinned([each.loss for each in validations], POINTS)]
+        return {
+            **self._summary(),
+            "since": since,
+            "points": [(steps[place], losses[place], smoothed[place]) for place in points],
+            "validations": validations,
+            "saves": [(each.step, each.best) for each in history.saves if each.step >= since],
+            "samples": [each for each in history.samples if each.step >= since],
+            "resumed": [each for each in history.resumed if each >= since],
+        }
+
+    def _tell(self) -> None:
+        """Tells the pages what they have not heard yet."""
+        with self._lock:
+            news = self._told_since(self._told)
+            self._told, self._at, self._due = self.history.step, time.monotonic(), False
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            server.send_sync(EVENT, news)
+
+    def _keep(self) -> None:
+        try:
+            self.history.write(self.folder)
+            self.trouble = ""
+        except OSError as error:
+            self._troubled(error)
+
+    def _troubled(self, error: OSError) -> None:
+        self.trouble = f"The run's folder cannot be written: {error.strerror or error}"
+        logging.warning("LoRA Ops: %s (%s)", self.trouble, self.folder)
