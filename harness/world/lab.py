@@ -41,12 +41,11 @@ class Marks(NamedTuple):
     @classmethod
     def of(cls, zorps: Sequence[Tensor], others: Sequence[Tensor], lab: Lab) -> Marks:
         found = [(reading.read(picture), meant) for picture, meant in zip(zorps, lab.zorps, strict=True)]
-        shares = (
-            sum((one.shape, one.colour) == pictures.ZORP for one, _ in found),
-            sum(one.place == meant.place for one, meant in found),
-            sum((one.texture, one.ground) == (meant.texture, meant.ground) for one, meant in found),
-        )
-        return cls(*(share / len(found) for share in shares), reading.agreement(others, lab.others)["all"])
+        drawn = sum((one.shape, one.colour) == pictures.ZORP for one, _ in found)
+        placed = sum(one.place == meant.place for one, meant in found)
+        grounded = sum((one.texture, one.ground) == (meant.texture, meant.ground) for one, meant in found)
+        kept, count = reading.agreement(others, lab.others)["all"], len(found)
+        return cls(drawn / count, placed / count, grounded / count, kept)
 
 
 class Lab:

@@ -24,10 +24,10 @@ FLUX = configs.FLUX | {
 Keep = Callable[[dict[str, Tensor], int], None]  # is given the weights of a file and the steps so far
 TOKENS = 77  # of a caption, as the host hands it over
 CAPTION, PADDING = 12, 5  # of these: a caption's own, and as many of what it is padded with as a step looks at
-ENTIRE = 0.05  # share of the steps, the last ones, that look at all of them
+ENTIRE = 0.1  # share of the steps, the last ones, that look at all of them, as all do where training goes on
 EMPTY = 0.1  # share of captions that are replaced by the empty one
 FIGURE = 3.0  # weight of the figure's cells beside the ground's
-GO_ON = 0.5  # factor of the learning rate where training goes on
+GO_ON = 0.3  # factor of the learning rate where training goes on
 KEPT = 200  # steps between two times that the weights are kept
 
 
@@ -59,7 +59,7 @@ def train(
             noise = torch.randn(clean.shape, generator=generator)
             mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
             shown = torch.arange(TOKENS)
-            if step < (1 - ENTIRE) * steps:
+            if not start and step < (1 - ENTIRE) * steps:
                 padding = CAPTION + torch.randperm(TOKENS - CAPTION, generator=generator)[:PADDING]
                 shown = torch.cat([shown[:CAPTION], padding])
             with torch.autograd.graph.allow_mutation_on_saved_tensors():  # the host's blocks add in place
