@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ class Recipe(NamedTuple):
 
 def main(arguments: Sequence[str]) -> int:
     """Train; returns the exit status. Ctrl+C stops the run, which keeps what it has learned."""
-    parser = argparse.ArgumentParser(prog="python run.py train", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python run.py train", description=main.__doc__)
     parser.add_argument("recipe", type=Path, help="recipe.json of a run, or a LoRA that Train LoRA has made")
     parser.add_argument("changes", nargs="*", metavar="INPUT=VALUE", help="other values, as in steps=3000 name=mine")
     parser.add_argument("--comfy", type=Path, required=True, help=argparse.SUPPRESS)
@@ -82,15 +83,24 @@ def changed(recipe: Recipe, changes: Sequence[str]) -> Recipe:
             raise LoraOpsError(
                 f"Train LoRA has no input '{name}' in this recipe.", remedy=f"It has {', '.join(known)}."
             )
-        kind = type(recipe.inputs[name])
-        try:
-            values[name] = text if kind is str else kind(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise LoraOpsError(
-                f"{name} is '{text}'.", remedy=f"Give {name} a value of type {kind.__name__}."
-            ) from error
+        values[name] = _like(recipe.inputs[name], name, text)
     node = {**recipe.prompt[recipe.node], "inputs": recipe.inputs | values}
     return recipe._replace(prompt=recipe.prompt | {recipe.node: node})
+
+
+def _like(value: Any, name: str, text: str) -> Any:
+    """A text as a value of the same type as another."""
+    if isinstance(value, str):
+        return text
+    found: Any = None
+    with suppress(ValueError):
+        found = json.loads(text)
+    if type(found) is type(value):
+        return found
+    if isinstance(value, float) and type(found) is int:
+        return float(found)
+    remedy = f"Give it a value of type {type(value).__name__}, like {json.dumps(value)}."
+    raise LoraOpsError(f"{name} cannot be '{text}'.", remedy=remedy)
 
 
 def _run(host: Path, recipe: Recipe, arguments: tuple[str, ...]) -> int:

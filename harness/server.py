@@ -34,10 +34,6 @@ FOLDERS = (
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Two servers on the same cores take turns; with OpenMP's spinning threads each of them is 15 times slower.
 PATIENT = {"OMP_WAIT_POLICY": "passive"}
-# A Ctrl+C in the terminal is the parent's alone: it interrupts the run, which then keeps what it has.
-APART: dict[str, Any] = (
-    {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP} if sys.platform == "win32" else {"start_new_session": True}
-)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
 
 # Runs main.py until this process is gone, however it went: a killed one closes the pipe that is the child's stdin.
@@ -148,7 +144,9 @@ class Server:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                **(APART if self._own else {}),
+                # A Ctrl+C in the terminal is the parent's alone: it interrupts the run, which then keeps what it has.
+                start_new_session=self._own and sys.platform != "win32",
+                creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if self._own and sys.platform == "win32" else 0,
             )
         deadline = time.monotonic() + timeout
         while not self._answers():

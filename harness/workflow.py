@@ -45,6 +45,12 @@ def to_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> Pr
     return _Graph(workflow, object_info).prompt()
 
 
+def defaults(kind: str, object_info: Mapping[str, Any]) -> dict[str, Any]:
+    """What the widgets of a new node of this kind hold, as a prompt's inputs."""
+    graph = _Graph({"nodes": (), "links": ()}, object_info)
+    return {name: _literal(value) for name, value in graph.widget_values({"type": kind}).items()}
+
+
 def without_t5(prompt: Prompt) -> Prompt:
     """The prompt with every DualCLIPLoader replaced by a CLIPLoader of its CLIP-L.
 
@@ -88,7 +94,7 @@ class _Graph:
         return {str(n["id"]): self._entry(n) for n in active if n["type"] not in NOTES | VIRTUAL}
 
     def _entry(self, node: Node) -> dict[str, Any]:
-        inputs = {name: _literal(value) for name, value in self._widget_values(node).items()}
+        inputs = {name: _literal(value) for name, value in self.widget_values(node).items()}
         for slot in node.get("inputs", ()):
             arrived = self._arriving(node, slot, slot["type"])
             if isinstance(arrived, Value):
@@ -105,7 +111,7 @@ class _Graph:
             )
         return self.object_info[node["type"]]
 
-    def _widget_values(self, node: Node) -> dict[str, Any]:
+    def widget_values(self, node: Node) -> dict[str, Any]:
         definition = self._definition(node)
         specs = definition["input"]
         ordered = (
@@ -118,7 +124,7 @@ class _Graph:
     def _arriving(self, node: Node, slot: Mapping[str, Any], wanted: str) -> list[Any] | Value | None:
         """What an input receives: [node id, output], a Value, or None. wanted is the type of the input asked first."""
         if slot.get("link") is None:
-            values = self._widget_values(node) if slot.get("widget") and node["type"] not in VIRTUAL else {}
+            values = self.widget_values(node) if slot.get("widget") and node["type"] not in VIRTUAL else {}
             return Value(values[slot["name"]]) if slot["name"] in values else None
         _, origin, output, *_ = self.links[slot["link"]]
         node = self.nodes[origin]

@@ -45,7 +45,7 @@ class LoraOpsTrain(io.ComfyNode):
 
     @classmethod
     def execute(cls, **inputs):
-        hidden, given = cls.hidden, {name: _value(each) for name, each in inputs.items()}
+        hidden, given = cls.hidden, {name: _value(name, each) for name, each in inputs.items()}
         settings = Settings(**{name: each for name, each in given.items() if name in Settings.__dataclass_fields__})
         wires = Wires(
             given["model"],
@@ -75,12 +75,12 @@ class LoraOpsTrain(io.ComfyNode):
         )
 
 
-def _value(given):
-    """One input of a node that takes lists: its value, or of a choice the key and the options."""
-    if isinstance(given, dict):
-        (key, *_), *options = given.values()
-        return {"key": key, **{name: each[0] for name, each in zip(list(given)[1:], options, strict=True)}}
-    return given[0]
+def _value(name, given):
+    """One input of a node that takes lists: its value; of a choice its key, under the input's own name, and options."""
+    if not isinstance(given, dict):
+        return given[0]
+    options = {each: values[0] for each, values in given.items()}
+    return {"key": options.pop(name), **options}
 
 
 class LoraOpsLossPlot(io.ComfyNode):

@@ -121,17 +121,6 @@ def _basic() -> list[io.Input]:
             "All but adamw and adafactor are packages of their own, named if they are missing.",
         ),
         _choice(
-            "schedule",
-            {
-                "constant": [_warmup()],
-                "linear": [_warmup()],
-                "cosine": [_warmup()],
-                "cosine_with_restarts": [_warmup(), _nested_int("cycles", 2, 1, 1000, "How often it starts anew.")],
-                "polynomial": [_warmup(), _nested_float("power", 1.0, 0.1, 10.0, 0.1, "1 is a line, 2 a parabola.")],
-            },
-            "How the learning rate goes on over the steps; all but constant end at 0.",
-        ),
-        _choice(
             "objective",
             {
                 "auto": [],
@@ -141,35 +130,6 @@ def _basic() -> list[io.Input]:
             },
             "What an error costs at each noise level. What the model should answer (noise, v, velocity) is its own. "
             "auto: the preset's. min-snr and debiased are for models of noise and v; flow models refuse them.",
-        ),
-        _choice(
-            "loss",
-            {
-                "mse": [],
-                "huber": [
-                    _nested_float("huber_c", 0.1, 0.0001, 1.0, 0.01, "Where the square bends into a line."),
-                    io.Combo.Input(
-                        "huber_schedule",
-                        options=["snr", "constant"],
-                        tooltip="snr: it bends later where there is little noise. constant: the same everywhere.",
-                    ),
-                ],
-                "l1": [],
-            },
-            "How an error is measured. huber and l1 weigh outliers less: pictures that do not fit the others.",
-        ),
-        _choice(
-            "timesteps",
-            {
-                "auto": [],
-                "uniform": [_shift()],
-                "logit-normal": [
-                    _nested_float("mean", 0.0, -5.0, 5.0, 0.1, "Above 0: more noise more often."),
-                    _nested_float("deviation", 1.0, 0.01, 10.0, 0.1, "How widely it is spread."),
-                    _shift(),
-                ],
-            },
-            "Which noise levels are trained how often. auto: the preset's.",
         ),
         _choice(
             "text_encoder",
@@ -221,6 +181,55 @@ def _basic() -> list[io.Input]:
 def _advanced() -> list[io.Input]:
     """Optional, so that a prompt sent to the API may leave them out."""
     return [
+        _choice(
+            "schedule",
+            {
+                "constant": [_warmup()],
+                "linear": [_warmup()],
+                "cosine": [_warmup()],
+                "cosine_with_restarts": [_warmup(), _nested_int("cycles", 2, 1, 1000, "How often it starts anew.")],
+                "polynomial": [
+                    _warmup(),
+                    _nested_float("power", 1.0, 0.1, 10.0, 0.1, "1 is a line, 2 a parabola.", advanced=True),
+                ],
+            },
+            "How the learning rate goes on over the steps; all but constant end at 0.",
+            **OPTIONAL,
+        ),
+        _choice(
+            "loss",
+            {
+                "mse": [],
+                "huber": [
+                    _nested_float(
+                        "huber_c", 0.1, 0.0001, 1.0, 0.01, "Where the square bends into a line.", advanced=True
+                    ),
+                    io.Combo.Input(
+                        "huber_schedule",
+                        options=["snr", "constant"],
+                        tooltip="snr: it bends later where there is little noise. constant: the same everywhere.",
+                        advanced=True,
+                    ),
+                ],
+                "l1": [],
+            },
+            "How an error is measured. huber and l1 weigh outliers less: pictures that do not fit the others.",
+            **OPTIONAL,
+        ),
+        _choice(
+            "timesteps",
+            {
+                "auto": [],
+                "uniform": [_shift()],
+                "logit-normal": [
+                    _nested_float("mean", 0.0, -5.0, 5.0, 0.1, "Above 0: more noise more often.", advanced=True),
+                    _nested_float("deviation", 1.0, 0.01, 10.0, 0.1, "How widely it is spread.", advanced=True),
+                    _shift(),
+                ],
+            },
+            "Which noise levels are trained how often. auto: the preset's.",
+            **OPTIONAL,
+        ),
         _int("sample_width", 0, 16384, "Of samples, in pixels. 0: as the first picture.", step=8, **OPTIONAL),
         _int("sample_height", 0, 16384, "Of samples, in pixels. 0: as the first picture.", step=8, **OPTIONAL),
         _int("sample_steps", 1, 1000, "The sampler's steps.", **OPTIONAL),
@@ -320,7 +329,7 @@ def _float(name: str, low: float, high: float, step: float, tooltip: str, **more
 
 
 def _nested_int(name: str, default: int, low: int, high: int, tooltip: str) -> io.Input:
-    return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip)
+    return io.Int.Input(name, default=default, min=low, max=high, tooltip=tooltip, advanced=True)
 
 
 def _nested_float(
@@ -329,9 +338,15 @@ def _nested_float(
     return io.Float.Input(name, default=default, min=low, max=high, step=step, round=step / 10, tooltip=tooltip, **more)
 
 
-def _choice(name: str, options: dict[str, list[io.Input]], tooltip: str) -> io.Input:
+def _choice(
+    name: str, options: dict[str, list[io.Input]], tooltip: str, *, optional: bool = False, advanced: bool = False
+) -> io.Input:
     return io.DynamicCombo.Input(
-        name, options=[io.DynamicCombo.Option(key, there) for key, there in options.items()], tooltip=tooltip
+        name,
+        options=[io.DynamicCombo.Option(key, there) for key, there in options.items()],
+        optional=optional,
+        tooltip=tooltip,
+        extra_dict={"advanced": True} if advanced else None,
     )
 
 
@@ -343,22 +358,33 @@ def _initial() -> list[io.Input]:
             tooltip="What the LoRA begins with. gaussian: nothing yet. pissa, olora: the weight's largest parts "
             "(pissa_niter_16: the same quickly), taken off again, so that the file has twice the rank. orthogonal; "
             "eva: the directions that the pictures' inputs have.",
+            advanced=True,
         )
     ]
 
 
 def _decay() -> io.Input:
-    return _nested_float("weight_decay", 0.01, 0.0, 10.0, 0.001, "Draws the factors towards 0. 0 to 0.1.")
+    return _nested_float(
+        "weight_decay", 0.01, 0.0, 10.0, 0.001, "Draws the factors towards 0. 0 to 0.1.", advanced=True
+    )
 
 
 def _lora_plus() -> io.Input:
     return _nested_float(
-        "lora_plus", 1.0, 0.01, 100.0, 0.5, "How much faster up learns than down (LoRA+): 1 is off, 16 is its paper's."
+        "lora_plus",
+        1.0,
+        0.01,
+        100.0,
+        0.5,
+        "How much faster up learns than down (LoRA+): 1 is off, 16 is its paper's.",
+        advanced=True,
     )
 
 
 def _d_coef() -> io.Input:
-    return _nested_float("d_coef", 1.0, 0.01, 100.0, 0.1, "A factor on the rate that it finds. 0.5 to 2.")
+    return _nested_float(
+        "d_coef", 1.0, 0.01, 100.0, 0.1, "A factor on the rate that it finds. 0.5 to 2.", advanced=True
+    )
 
 
 def _warmup() -> io.Input:
@@ -367,5 +393,11 @@ def _warmup() -> io.Input:
 
 def _shift() -> io.Input:
     return _nested_float(
-        "shift", 0.0, 0.0, 100.0, 0.1, "Towards more noise, above 1. 0: the model's own. For flow models."
+        "shift",
+        0.0,
+        0.0,
+        100.0,
+        0.1,
+        "Towards more noise, above 1. 0: the model's own. For flow models.",
+        advanced=True,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,8 +11,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def ahead(function: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
-    """function of each item, in order, the next count of them begun in threads."""
+def ahead(function: Callable[[T], R], items: Iterable[T], count: int) -> Generator[R, None, None]:
+    """function of each item, in order, the next count of them begun in threads; close it to begin no more."""
     waiting: deque[Future[R]] = deque()
     threads = ThreadPoolExecutor(count)
     try:

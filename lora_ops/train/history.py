@@ -70,6 +70,7 @@ class History:
     saves: list[Save] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     resumed: list[int] = field(default_factory=list)  # steps that it went on from
+    _said: list[Any] = field(default_factory=list)  # marks since the last step: they may be of the one to come
 
     @property
     def step(self) -> int:
@@ -89,7 +90,8 @@ class History:
             column.append(getattr(done, name))
         self.memory = memory
         if done.validation is not None:
-            _add(self.validations, Validation(done.step, done.validation, done.best))
+            self._add(self.validations, Validation(done.step, done.validation, done.best))
+        self._said.clear()
 
     def went_on(self, step: int) -> None:
         """The steps after this one are of a later sitting."""
@@ -98,15 +100,14 @@ class History:
     def saved(self, step: int, file: str, best: bool) -> None:
         self._reach(step + 1)
         before = any(each.best for each in self.saves if each.step == step)
-        _add(self.saves, Save(step, file, best or before))
+        self._add(self.saves, Save(step, file, best or before))
 
     def sampled(self, step: int, count: int, at: int) -> None:
         self._reach(step + 1)
-        _add(self.samples, Sample(step, count, at))
+        self._add(self.samples, Sample(step, count, at))
 
     def _reach(self, step: int) -> None:
-        """Forget this step and what came after it, if that is here; what is said of the step itself while it is not
-        yet done stays."""
+        """Forget this step and what came after it, if that is here."""
         there = self.columns["step"]
         if not there or there[-1] < step:
             return
@@ -114,9 +115,15 @@ class History:
         for column in self.columns.values():
             del column[kept:]
         self.validations = [each for each in self.validations if each.step < step]
-        self.saves = [each for each in self.saves if each.step < step]
-        self.samples = [each for each in self.samples if each.step < step]
+        self.saves = [each for each in self.saves if each.step < step or each in self._said]
+        self.samples = [each for each in self.samples if each.step < step or each in self._said]
         self.resumed = [each for each in self.resumed if each < step]
+
+    def _add(self, marks: list[Mark], mark: Mark) -> None:
+        """In its place; one of the same step is replaced."""
+        marks[:] = [each for each in marks if each.step != mark.step]
+        marks.insert(bisect_left([each.step for each in marks], mark.step), mark)
+        self._said.append(mark)
 
     @property
     def best(self) -> int | None:
@@ -202,12 +209,6 @@ def thinned(values: Sequence[float], most: int) -> list[int]:
         stretch = range(number * count // stretches, (number + 1) * count // stretches)
         found |= {min(stretch, key=values.__getitem__), max(stretch, key=values.__getitem__)}
     return sorted(found)
-
-
-def _add(marks: list[Mark], mark: Mark) -> None:
-    """In its place; one of the same step is replaced."""
-    marks[:] = [each for each in marks if each.step != mark.step]
-    marks.insert(bisect_left([each.step for each in marks], mark.step), mark)
 
 
 def _plain(value: float) -> float | None:

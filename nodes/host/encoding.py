@@ -4,6 +4,7 @@ shelf."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -89,12 +90,13 @@ def latents_of(
         return found
 
     pictures = Pictures()
-    for number, (raw, found) in enumerate(zip(raws, ahead(work, enumerate(raws), AHEAD), strict=True), 1):
-        if isinstance(found, FileError):
-            pictures.left_out.append((raw.name, f"{found.what} {found.remedy}".strip()))
-        else:
-            _collect(pictures, vae, raw, found, how, shelf)
-        told(number, len(raws))
+    with closing(ahead(work, enumerate(raws), AHEAD)) as works:
+        for number, (raw, found) in enumerate(zip(raws, works, strict=True), 1):
+            if isinstance(found, FileError):
+                pictures.left_out.append((raw.name, f"{found.what} {found.remedy}".strip()))
+            else:
+                _collect(pictures, vae, raw, found, how, shelf)
+            told(number, len(raws))
     return pictures
 
 

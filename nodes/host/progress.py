@@ -52,16 +52,15 @@ class Meter:
 class Steps:
     """Hears of each step of a training."""
 
-    def __init__(self, node_id: Any, name: str, steps: int, speed: Callable[[], float | None]) -> None:
-        """speed: steps a second, of late."""
+    def __init__(self, node_id: Any, name: str, first: int, steps: int, speed: Callable[[], float | None]) -> None:
+        """first: the step that it goes on from; speed: steps a second, of late."""
         self._node_id, self._speed = node_id, speed
         self._bar = comfy.utils.ProgressBar(steps, node_id=node_id)
-        self._line = tqdm(desc=name, total=steps, unit="step", leave=True)
+        self._line = tqdm(desc=name, total=steps, initial=first, unit="step", leave=True)
         self._shown = 0.0
 
     def __call__(self, done: Progress) -> None:
         self._bar.update_absolute(done.step, done.steps)
-        self._line.n = self._line.initial = done.step if self._line.n == 0 else self._line.n
         self._line.update(done.step - self._line.n)
         self._line.set_postfix_str(f"loss {done.smoothed:.4g}, {done.memory / 1e9:.1f} GB", refresh=False)
         now = time.monotonic()

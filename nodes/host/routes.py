@@ -122,7 +122,7 @@ def _ask(want: str) -> Callable[[web.Request], Awaitable[web.Response]]:
 async def _body(request: web.Request) -> Any:
     try:
         return json.loads(await request.content.read(LONGEST))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

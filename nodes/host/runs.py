@@ -131,6 +131,8 @@ class Run:
             self._went_on = False
             if progress.step <= before:
                 self._told = min(self._told, progress.step - 1)
+            if self.history.saves and self.history.saves[-1].step == progress.step:
+                self._keep()  # it was saved before it was told
             self._doing = ""
             self._asked = {want: heard for want, heard in self._asked.items() if not heard or want == "finish"}
             soon = self._at + EVERY - time.monotonic()
@@ -164,6 +166,7 @@ class Run:
             self._told = min(self._told, self.history.step)
             self.note = f"Sampled at step {step}"
             self._asked.pop("sample", None)
+            self._keep()
         self._tell()
 
     def ended(self, how: str, message: str) -> None:

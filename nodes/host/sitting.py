@@ -67,7 +67,9 @@ class Sitting:
         self.from_step = self.step = self.run.history.step if self.folder.begun() else 0
         try:
             self.folder.tell(self.recipe)
-            with Steps(self.node_id, self.name, settings.steps, lambda: self.run.history.speed) as self.shown:
+            with Steps(
+                self.node_id, self.name, self.step, settings.steps, lambda: self.run.history.speed
+            ) as self.shown:
                 lora = course.model.learn(
                     course.plan,
                     course.items,
@@ -100,6 +102,9 @@ class Sitting:
             return False
         ending = before.ending
         return bool(ending and ending.how == "finished" and before.steps == self.settings.steps and self.folder.begun())
+
+    def _speed(self) -> float | None:
+        return self.run.history.speed
 
     def _start(self) -> Lora | None:
         if self.settings.resume["key"] != "lora":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from harness import comfy, small
-from harness.server import Server
+from harness.server import Server, link
 from tests.web.page import PATIENCE, Page
 
 RENDERERS = ("classic", "nodes2")
@@ -52,8 +53,15 @@ def server() -> Iterator[Server]:
     path = comfy.find()
     if path is None:
         pytest.skip("ComfyUI not found: set COMFYUI_PATH")
-    with Server(path, models=small.cached(path, "sd15")) as running:
+    running = Server(path, models=small.cached(path, "sd15"))
+    with with_stand_in(running):
         yield running
+
+
+def with_stand_in(server: Server) -> Server:
+    """The server, not yet started, with a node that stands for training."""
+    link(Path(__file__).with_name("stand_in.py"), server.base / "custom_nodes" / "stand_in.py")
+    return server
 
 
 @pytest.fixture(scope="module", params=RENDERERS)

@@ -7,7 +7,6 @@ import math
 import random
 import sys
 import time
-from pathlib import Path
 
 import comfy.model_management
 from aiohttp import web
@@ -97,7 +96,7 @@ class StandIn:
 
 
 def loss_of(step):
-    noise = random.Random(step)  # noqa: S311
+    noise = random.Random(step)
     return (0.05 + 0.4 * math.exp(-step / 80)) * (0.6 + 0.8 * noise.random() + (3 * noise.random() ** 30))
 
 
