@@ -34,7 +34,7 @@ def main() -> None:
     zorps.add_argument("folder", type=Path)
     claims = commands.add_parser("claims", help="measure what is said of LoRAs, and write the page")
     claims.add_argument("--only", nargs="+", metavar="CLAIM", help="these alone; the others stay as they are")
-    claims.add_argument("--steps", type=int, default=200, help="of each training")
+    claims.add_argument("--steps", type=int, default=160, help="of each training")
     claims.add_argument("--out", type=Path, default=PACK / "docs" / "small-world")
     asked = parser.parse_args()
 

@@ -29,7 +29,6 @@ RANK = 8  # where nothing else is said
 STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "queries and keys": ("*.to_q", "*.to_k", "*.add_q_proj", "*.add_k_proj"),
-    "values and outputs": ("*.to_v", "*.add_v_proj", "*attn.proj"),
     "attention's projections (default)": (),
     "MLPs": ("*_mlp.*", "*.proj_mlp", "*.linear2"),
     "all weights": ("*",),

@@ -86,7 +86,7 @@ class Lab:
         self,
         shots: Sequence[Shot],
         *,
-        steps: int = 200,
+        steps: int = 160,
         rank: int = 8,
         alpha: float | None = None,
         patterns: Sequence[str] = ("*",),
