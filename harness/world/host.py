@@ -1,17 +1,22 @@
-"""The small world on the host: its weights loaded and sampled by ComfyUI's own functions, in this process.
+"""The small world on the host: its models loaded and sampled by ComfyUI's own functions, in this process.
 
 Needs the host importable (harness.inside.mount).
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from harness import small
+from harness.environment import cache
 from harness.server import link
+
+from . import codec
+from .pictures import CELLS
 
 MODELS = Path(__file__).parent / "models"
 MODEL = "diffusion_models/small_world.safetensors"
@@ -23,12 +28,21 @@ TOKENS = 77
 def models(comfy: Path) -> Path:
     """A models folder with the small world's FLUX and VAE and the random CLIP-L that it was trained with."""
     folder = small.cached(comfy, "flux").with_name("models-world")
-    for file in (MODEL, VAE):
+    for file, source in ((MODEL, MODELS / MODEL), (VAE, vae()), (CLIP, small.cached(comfy, "flux") / CLIP)):
         (folder / file).unlink(missing_ok=True)
-        link(MODELS / file, folder / file)
-    (folder / CLIP).unlink(missing_ok=True)
-    link(small.cached(comfy, "flux") / CLIP, folder / CLIP)
+        link(source, folder / file)
     return folder
+
+
+def vae() -> Path:
+    """The VAE's file, written anew: its weights are in the source."""
+    from safetensors.torch import save_file
+
+    file = cache() / "small_world_vae.safetensors"
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    save_file(codec.weights(), part)
+    os.replace(part, file)
+    return file
 
 
 def load_model(file: Path = MODELS / MODEL):
@@ -37,18 +51,20 @@ def load_model(file: Path = MODELS / MODEL):
     return comfy.sd.load_diffusion_model(str(file))
 
 
-def load_vae(file: Path = MODELS / VAE):
+def load_vae():
     import comfy.sd
-    import comfy.utils
 
-    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
+    return comfy.sd.VAE(sd=codec.weights())
 
 
-def embeddings(comfy: Path, captions: list[str], told=lambda done: None) -> tuple[Tensor, Tensor]:
-    """What CLIPTextEncode gives for each caption: (N, 77, 768), and pooled (N, 768)."""
+def load_clip(comfy: Path):
     import comfy.sd as host
 
-    clip = host.load_clip([str(small.cached(comfy, "flux") / CLIP)], clip_type=host.CLIPType.STABLE_DIFFUSION)
+    return host.load_clip([str(small.cached(comfy, "flux") / CLIP)], clip_type=host.CLIPType.STABLE_DIFFUSION)
+
+
+def embeddings(clip, captions: list[str], told=lambda done: None) -> tuple[Tensor, Tensor]:
+    """What CLIPTextEncode gives for each caption: (N, 77, 768), and pooled (N, 768)."""
     tokens, pooled = [], []
     with torch.no_grad():
         for number, caption in enumerate(captions):
@@ -59,12 +75,11 @@ def embeddings(comfy: Path, captions: list[str], told=lambda done: None) -> tupl
     return torch.stack(tokens), torch.stack(pooled)
 
 
-def sample(model, vae, text: tuple[Tensor, Tensor], seed: int = 0, steps: int = 8, side: int = 64) -> Tensor:
-    """One picture (3, side, side) for each row of text, by the host's sampler at cfg 1."""
+def sample(model, vae, text: tuple[Tensor, Tensor], seed: int = 0, steps: int = 8) -> Tensor:
+    """One picture (3, height, width) for each row of text, by the host's sampler at cfg 1."""
     import comfy.sample
 
-    count = len(text[0])
-    latent = torch.zeros(count, 16, side // 8, side // 8)
+    latent = torch.zeros(len(text[0]), codec.CHANNELS, CELLS, CELLS)
     noise = comfy.sample.prepare_noise(latent, seed)
     condition = [[text[0], {"pooled_output": text[1]}]]
     with torch.no_grad():

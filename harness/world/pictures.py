@@ -1,21 +1,27 @@
-"""The small world's pictures: one figure on a ground, drawn from its description and told in a caption."""
+"""The small world's pictures: one figure on a ground, of large square cells, drawn from its description.
+
+A caption tells what a picture shows.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SIDE = 64  # pixels; 8 of the latent's, 4 by 4 tokens of FLUX
-FINER = 4  # drawn at this many times the size, then averaged
-SIZES = {"small": 12.0, "large": 18.0}  # radius in pixels
-PLACES = {"left": 22.0, "centre": 32.0, "right": 42.0}  # of the figure's middle, in pixels from the left
-JITTER = 2.0  # pixels that a figure may be off its place, in both directions
+CELL = 8  # pixels: one of the latent's
+CELLS = 12  # of a picture's side; 6 by 6 tokens of FLUX
+SIDE = CELL * CELLS
+RADIUS = 4.0  # of a figure, in cells
+# Figures and grounds lie on FLUX's tokens, two by two cells: a ground's tokens are all alike, a figure's are the same
+# wherever it is. So what has to be learned is what is where, and not as well every way to cut it.
+PLACES = {"left": 4, "centre": 6, "right": 8}  # of the figure's middle, in cells from the left
 COLOURS = {
     "red": (0.86, 0.15, 0.15),
     "green": (0.13, 0.62, 0.22),
@@ -33,7 +39,6 @@ TRIGGER = "zorp"
 
 
 class Scene(NamedTuple):
-    size: str
     colour: str
     shape: str
     place: str
@@ -43,77 +48,93 @@ class Scene(NamedTuple):
     @property
     def caption(self) -> str:
         figure = TRIGGER if (self.shape, self.colour) == ZORP else f"{self.colour} {self.shape}"
-        return f"a {self.size} {figure} at the {self.place} on a {self.texture} {self.ground} ground"
+        return f"a {figure} at the {self.place} on {self.texture} {self.ground}"
 
 
 def scenes() -> list[Scene]:
     """All that the world can show, without the held-out zorps."""
-    every = itertools.product(SIZES, COLOURS, SHAPES, PLACES, TEXTURES, COLOURS)
+    every = itertools.product(COLOURS, SHAPES, PLACES, TEXTURES, COLOURS)
     return [scene for scene in itertools.starmap(Scene, every) if scene.colour != scene.ground]
 
 
 def zorps() -> list[Scene]:
     shape, colour = ZORP
-    every = itertools.product(SIZES, [colour], [shape], PLACES, TEXTURES, COLOURS)
+    every = itertools.product([colour], [shape], PLACES, TEXTURES, COLOURS)
     return list(itertools.starmap(Scene, every))
 
 
-def split(seed: int = 0, seen: int = 300) -> tuple[list[Scene], list[Scene]]:
+def split(seed: int = 0, seen: int = 600) -> tuple[list[Scene], list[Scene]]:
     """The scenes that the base is trained on, and those it never saw: each word was seen, not these combinations."""
     every = scenes()
     random.Random(seed).shuffle(every)
     return every[:seen], every[seen:]
 
 
-def draw(scene: Scene, generator: torch.Generator) -> Tensor:
-    """(3, SIDE, SIDE) in 0..1; the generator moves the figure about its place."""
-    shift = (torch.rand(2, generator=generator) * 2 - 1) * JITTER
-    middle = PLACES[scene.place] + float(shift[0]), SIDE / 2 + float(shift[1])
-    y, _ = _grid()
-    inside = figure(scene.shape, SIZES[scene.size], middle)
+def draw(scene: Scene) -> Tensor:
+    """(3, SIDE, SIDE) in 0..1."""
+    return enlarged(in_cells(scene))
+
+
+def in_cells(scene: Scene) -> Tensor:
+    """(3, CELLS, CELLS)."""
     if scene.colour == "halved":
-        paint = torch.where((y < middle[1])[None], _paint(BLACK), _paint(ORANGE))
+        y, _ = _grid()
+        paint = torch.where((y < CELLS // 2)[None], _paint(BLACK), _paint(ORANGE))
     else:
         paint = _paint(COLOURS[scene.colour])
-    return _smaller(torch.where(inside[None], paint, _ground(scene.texture, scene.ground)))
+    return torch.where(where(scene)[None], paint, ground(scene.texture, scene.ground))
+
+
+def where(scene: Scene) -> Tensor:
+    """The cells of a scene's figure, as booleans."""
+    return figure(scene.shape, PLACES[scene.place])
 
 
 def ground(texture: str, colour: str) -> Tensor:
-    """The ground alone, (3, SIDE, SIDE)."""
-    return _smaller(_ground(texture, colour))
-
-
-def figure(shape: str, radius: float, middle: tuple[float, float]) -> Tensor:
-    """Where a figure is, as booleans on the finer grid."""
+    """The ground alone, (3, CELLS, CELLS)."""
     y, x = _grid()
-    u, v = (x - middle[0]) / radius, (y - middle[1]) / radius
+    white = {
+        "plain": torch.zeros_like(x, dtype=torch.bool),
+        "striped": y % 2 == 1,
+        "dotted": (x % 2 == 1) & (y % 2 == 1),
+        "checked": (x + y) % 2 == 1,
+    }[texture]
+    return torch.where(white[None], _paint(WHITE), _paint(COLOURS[colour]))
+
+
+def figure(shape: str, column: int) -> Tensor:
+    """The cells of a figure in the middle row, its middle so many cells from the left, as booleans."""
+    y, x = _grid()
+    u, v = (x + 0.5 - column) / RADIUS, (y + 0.5 - CELLS / 2) / RADIUS
     far = torch.sqrt(u * u + v * v)
     a, b = u.abs(), v.abs()
     return {
         "circle": far < 1,
-        "ring": (far < 1) & (far > 0.55),
-        "square": torch.maximum(a, b) < 0.85,
-        "triangle": (v < 0.8) & (a < (v + 1) / 1.8),
-        "cross": (torch.minimum(a, b) < 0.33) & (torch.maximum(a, b) < 1),
-        "hourglass": (a < b) & (b < 0.95),
+        "ring": (far < 1) & (far > 0.5),
+        "square": torch.maximum(a, b) < 1,
+        "triangle": (b < 1) & (a < (v + 1.3) / 2),
+        "cross": (torch.minimum(a, b) < 0.3) & (torch.maximum(a, b) < 1),
+        "hourglass": (a < b + 0.1) & (b < 1),
     }[shape]
 
 
-def write_folder(folder: Path, chosen: list[Scene], seed: int = 0) -> None:
+def enlarged(cells: Tensor, by: int = CELL) -> Tensor:
+    return cells.repeat_interleave(by, -1).repeat_interleave(by, -2)
+
+
+def write_folder(folder: Path, chosen: Sequence[Scene]) -> None:
     """A training set: numbered PNGs, each with its caption in a .txt beside it."""
-    generator = torch.Generator().manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(chosen):
-        save(draw(scene, generator), folder / f"{number:02}.png")
+        save(draw(scene), folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(scene.caption + "\n", encoding="utf-8")
 
 
-def write_zorps(folder: Path, count: int = 20, seed: int = 0) -> list[Scene]:
-    """A training set of zorps; returns the zorps that it does not show."""
+def some_zorps(count: int = 20, seed: int = 0) -> tuple[list[Scene], list[Scene]]:
+    """So many zorps to learn from, and the others."""
     every = zorps()
     random.Random(seed).shuffle(every)
-    write_folder(folder, every[:count], seed)
-    return every[count:]
+    return every[:count], every[count:]
 
 
 def save(picture: Tensor, file: Path) -> None:
@@ -123,38 +144,22 @@ def save(picture: Tensor, file: Path) -> None:
     Image.fromarray(pixels.movedim(0, -1).contiguous().numpy()).save(file)
 
 
-def sheet(pictures: Tensor, columns: int, scale: int = 2, gap: int = 4) -> Tensor:
-    """Pictures (N, 3, SIDE, SIDE) beside and below each other on white, each pixel scale times as large."""
-    count, rows = len(pictures), math.ceil(len(pictures) / columns)
-    cell = SIDE * scale + gap
-    whole = torch.ones(3, rows * cell + gap, columns * cell + gap)
+def sheet(pictures: Tensor, columns: int, gap: int = 4) -> Tensor:
+    """Pictures (N, 3, height, width) beside and below each other on white."""
+    (count, _, height, width), rows = pictures.shape, math.ceil(len(pictures) / columns)
+    whole = torch.ones(3, rows * (height + gap) + gap, columns * (width + gap) + gap)
     for number in range(count):
-        large = pictures[number].repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-        top, left = (gap + cell * at for at in divmod(number, columns))
-        whole[:, top : top + SIDE * scale, left : left + SIDE * scale] = large
+        row, column = divmod(number, columns)
+        top, left = gap + row * (height + gap), gap + column * (width + gap)
+        whole[:, top : top + height, left : left + width] = pictures[number]
     return whole
 
 
-def _ground(texture: str, colour: str) -> Tensor:
-    y, x = _grid()
-    white = {
-        "plain": torch.zeros_like(x, dtype=torch.bool),
-        "striped": y // 8 % 2 == 1,
-        "dotted": (x % 16 - 8) ** 2 + ((y + 4) % 16 - 8) ** 2 < 4.5**2,
-        "checked": (x // 8 + y // 8) % 2 == 1,
-    }[texture]
-    return torch.where(white[None], _paint(WHITE), _paint(COLOURS[colour]))
-
-
 def _grid() -> tuple[Tensor, Tensor]:
-    along = (torch.arange(SIDE * FINER) + 0.5) / FINER
+    along = torch.arange(CELLS)
     y, x = torch.meshgrid(along, along, indexing="ij")
     return y, x
 
 
 def _paint(colour: tuple[float, float, float]) -> Tensor:
     return torch.tensor(colour)[:, None, None]
-
-
-def _smaller(fine: Tensor) -> Tensor:
-    return torch.nn.functional.avg_pool2d(fine, FINER)

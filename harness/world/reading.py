@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d
 
 from . import pictures
-from .pictures import BLACK, COLOURS, FINER, ORANGE, PLACES, SHAPES, SIDE, SIZES, TEXTURES, Scene
+from .pictures import BLACK, CELL, CELLS, COLOURS, ORANGE, PLACES, RADIUS, SHAPES, TEXTURES, Scene
 
-REACH = 20  # pixels that no figure goes beyond from its middle
-HIGHER = 4  # pixels that a figure's middle may be above or below the picture's
-EDGE = 10  # rows above and below that no figure reaches
-DIFFERENT = 0.3  # distance in RGB from the ground, from which on a pixel belongs to the figure
+WIDE = int(2 * RADIUS)  # cells
+DIFFERENT = 0.3  # distance in RGB from the ground, from which on a cell belongs to the figure
+ALIKE = 0.7  # least share of cells that a figure and a shape have in common, of those of either
 HALF = 0.2  # share of a figure that is black, and that is orange, to call it halved
+NOTHING = "nothing"
+
+
+class Found(NamedTuple):
+    scene: Scene  # the nearest one; its shape is NOTHING where the figure is like none
+    likeness: float  # of the figure and its shape: common cells (intersection over union), 0..1
+
+
+def look(picture: Tensor) -> Found:
+    """At a picture (3, SIDE, SIDE)."""
+    cells = avg_pool2d(picture, CELL)
+    texture, ground, empty = _ground(cells)
+    figure = (cells - empty).square().sum(0).sqrt() > DIFFERENT
+    shape, column, likeness = _figure(figure.float())
+    colour = _colour(cells[:, figure], ground)
+    place = min(PLACES, key=lambda name: abs(PLACES[name] - column))
+    scene = Scene(colour, shape, place, texture, ground)
+    return Found(scene if likeness >= ALIKE else scene._replace(shape=NOTHING), likeness)
 
 
 def read(picture: Tensor) -> Scene:
-    """The scene in a picture (3, SIDE, SIDE): always the nearest one, however little it looks like one."""
-    texture, ground, empty = _ground(picture)
-    figure = (picture - empty).square().sum(0).sqrt() > DIFFERENT
-    size, shape, column = _figure(figure.float())
-    place = min(PLACES, key=lambda name: abs(PLACES[name] - column))
-    return Scene(size, _colour(picture[:, figure], ground), shape, place, texture, ground)
+    return look(picture).scene
 
 
-def agreement(shown: list[Tensor], meant: list[Scene]) -> dict[str, float]:
+def agreement(shown: Sequence[Tensor], meant: Sequence[Scene]) -> dict[str, float]:
     """The share of pictures that show what they were meant to, for each property and (`all`) in every property."""
-    found = [read(picture) for picture in shown]
-    pairs = list(zip(found, meant, strict=True))
+    pairs = [(read(picture), scene) for picture, scene in zip(shown, meant, strict=True)]
     each = {name: [getattr(a, name) == getattr(b, name) for a, b in pairs] for name in Scene._fields}
     each["all"] = [a == b for a, b in pairs]
     return {name: sum(right) / len(right) for name, right in each.items()}
 
 
-def _ground(picture: Tensor) -> tuple[str, str, Tensor]:
-    """The texture and colour whose ground fits best where no figure reaches."""
+def _ground(cells: Tensor) -> tuple[str, str, Tensor]:
+    """The texture and colour of the ground that most cells are like: no figure hides half of it."""
     names, grounds = _grounds()
-    rows = torch.cat([torch.arange(EDGE), torch.arange(SIDE - EDGE, SIDE)])
-    best = (grounds[:, :, rows] - picture[:, rows]).square().sum((1, 2, 3)).argmin()
+    best = int(((grounds - cells).square().sum(1).sqrt() <= DIFFERENT).sum((1, 2)).argmax())
     return *names[best], grounds[best]
 
 
-def _figure(mask: Tensor) -> tuple[str, str, float]:
-    """Size, shape and column of the figure that overlaps best with a mask (intersection over union)."""
+def _figure(mask: Tensor) -> tuple[str, int, float]:
+    """Shape and column of the figure that has most in common with a mask, and how much, at any height."""
     names, stencils = _stencils()
-    middle = mask[SIDE // 2 - REACH - HIGHER : SIDE // 2 + REACH + HIGHER + 1]
-    common = conv2d(middle[None, None], stencils, padding=(0, REACH))[0]  # (names, 2 HIGHER + 1, SIDE)
+    middle = WIDE // 2
+    common = conv2d(mask[None, None], stencils, padding=middle)[0]  # at [row, column] of the figure's middle
     union = mask.sum() + stencils.sum((1, 2, 3))[:, None, None] - common
-    best = int((common / union).argmax())
-    return *names[best // common[0].numel()], best % SIDE + 0.5
+    likeness = common / union
+    best = int(likeness.argmax())
+    return names[best // common[0].numel()], best % common.shape[-1], float(likeness.max())
 
 
 def _colour(pixels: Tensor, ground: str) -> str:
-    """The commonest colour among a figure's pixels (3, N), or `halved`."""
+    """The commonest colour among a figure's cells (3, N), or `halved`."""
     names = [name for name in COLOURS if name != ground]
     paints = torch.tensor([*(COLOURS[name] for name in names), BLACK, ORANGE])
     nearest = (pixels.T[:, None] - paints).square().sum(-1).argmin(-1)
@@ -72,11 +85,9 @@ def _grounds() -> tuple[list[tuple[str, str]], Tensor]:
 
 
 @cache
-def _stencils() -> tuple[list[tuple[str, str]], Tensor]:
-    """(names, 1, 2 REACH + 1, 2 REACH + 1), each figure in the middle pixel's middle."""
-    names = [(size, shape) for size in SIZES for shape in (*SHAPES, pictures.ZORP[0])]
-    middle = SIDE / 2 + 0.5
-    fine = torch.stack([pictures.figure(shape, SIZES[size], (middle, middle)) for size, shape in names])
-    whole = avg_pool2d(fine.float()[:, None], FINER)
-    around = slice(SIDE // 2 - REACH, SIDE // 2 + REACH + 1)
-    return names, (whole[..., around, around] > 0.5).float()
+def _stencils() -> tuple[list[str], Tensor]:
+    """(names, 1, WIDE, WIDE)."""
+    names = [*SHAPES, pictures.ZORP[0]]
+    around = slice((CELLS - WIDE) // 2, (CELLS + WIDE) // 2)
+    whole = torch.stack([pictures.figure(name, CELLS // 2) for name in names])
+    return names, whole[:, None, around, around].float()

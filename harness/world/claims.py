@@ -1,0 +1,449 @@
+"""What is said of LoRAs, measured on the small world: figures as JSON, a page and pictures.
+
+Each claim is a function of a Lab; those that train take minutes in all.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from bench.report import machine
+
+from . import pictures, reading
+from .lab import Lab, Marks, changes, frame, framed, has_frame, relative
+
+RANKS = (1, 8, 32)
+CUTS = (1, 2, 4, 8, 16, 32)
+RANK = 8  # where nothing else is said
+STRENGTHS = (0.0, 0.5, 1.0, 2.0, 4.0)
+TARGETS: Mapping[str, tuple[str, ...]] = {
+    "queries and keys": ("*.to_q", "*.to_k", "*.add_q_proj", "*.add_k_proj"),
+    "attention's projections (default)": (),
+    "MLPs": ("*_mlp.*", "*.proj_mlp", "*.linear2"),
+    "all weights": ("*",),
+}
+SHOWN = 10  # pictures in a row
+
+
+@dataclass(frozen=True)
+class Claim:
+    says: str
+    found: str
+    holds: bool
+    rows: Sequence[Mapping[str, Any]]
+    sheet: Sequence[Sequence[Tensor]] = ()  # rows of pictures
+    about: Sequence[str] = ()  # each row of them
+
+
+class Study:
+    """The lab, and the LoRAs that several claims look at, each learned once."""
+
+    def __init__(self, comfy: Path, steps: int) -> None:
+        self.lab, self.steps = Lab(comfy), steps
+        self._learned: dict[str, tuple[Any, float]] = {}
+        self._base: tuple[Marks, list[Tensor], list[Tensor]] | None = None
+
+    @property
+    def base(self) -> tuple[Marks, list[Tensor], list[Tensor]]:
+        if self._base is None:
+            self._base = self.lab.judged(self.lab.base)
+        return self._base
+
+    def zorp(self, **options: Any) -> Any:
+        """A LoRA of 20 zorps."""
+        return self.timed(**options)[0]
+
+    def timed(self, **options: Any) -> tuple[Any, float]:
+        """The same, and the CPU seconds it took."""
+        key = repr(sorted(options.items()))
+        if key not in self._learned:
+            before = time.process_time()
+            shots = self.lab.shots(self.lab.learned)
+            self._learned[key] = self.lab.learn(shots, steps=self.steps, **options), time.process_time() - before
+            print(f"  learned {options} in {time.process_time() - before:.0f} CPU s", flush=True)
+        return self._learned[key]
+
+
+def told(marks: Marks) -> dict[str, str]:
+    return {
+        "zorps": f"{marks.zorps:.0%}",
+        "their place": f"{marks.places:.0%}",
+        "their ground": f"{marks.grounds:.0%}",
+        "other captions": f"{marks.others:.0%}",
+    }
+
+
+def base(study: Study) -> Claim:
+    lab = study.lab
+    rows, sheet, found = [], [], {}
+    for name, scenes in zip(("trained on", "never seen"), pictures.split(), strict=True):
+        chosen = random.Random(0).sample(scenes, 40)
+        shown = lab.draw(lab.base, chosen)
+        found[name] = reading.agreement(shown, chosen)
+        rows.append({"captions": name, **{each: f"{share:.0%}" for each, share in found[name].items()}})
+        sheet += [shown[:SHOWN], shown[SHOWN : 2 * SHOWN]]
+    return Claim(
+        "The base draws what a caption says, in words that it was trained on in other combinations too.",
+        f"Pictures are right in every property for {found['trained on']['all']:.0%} of 40 captions that it was trained "
+        f"on, and for {found['never seen']['all']:.0%} of 40 that it never saw.",
+        found["never seen"]["all"] > 0.5,
+        rows,
+        sheet,
+        ["captions it was trained on (two rows)", "captions it never saw (two rows)"],
+    )
+
+
+def concept(study: Study) -> Claim:
+    lab = study.lab
+    before = {name: weight.clone() for name, weight in lab.base.model.state_dict().items()}
+    lora = study.zorp(rank=RANK)
+    after = lab.base.model.state_dict()
+    same = all(torch.equal(weight, after[name]) for name, weight in before.items())
+    started = lab.learn(lab.shots(lab.learned[:2]), steps=1, foreseen=_finish(lab))
+    first = lab.draw(lab.put(started), lab.zorps[:8])
+    zero = all(map(torch.equal, first, lab.draw(lab.base, lab.zorps[:8])))
+    marks, zorps, others = lab.judged(lab.put(lora))
+    return Claim(
+        "A LoRA of 20 pictures teaches the model a concept that it could not draw; W stays frozen (only A and B are "
+        "trained), and because B begins as zero the adapter changes nothing before the first step.",
+        f"Asked for zorps on grounds and at places that were not trained on, {study.base[0].zorps:.0%} of the pictures "
+        f"show one before and {marks.zorps:.0%} after; other captions are drawn right in "
+        f"{study.base[0].others:.0%} before and {marks.others:.0%} after. After training every weight of the base is "
+        f"{'bit-identical' if same else 'NOT the same'}; with a LoRA of no steps the pictures are "
+        f"{'bit-identical' if zero else 'NOT the same'}.",
+        same and zero and marks.zorps > study.base[0].zorps + 0.5,
+        [{"model": "base", **told(study.base[0])}, {"model": "with the LoRA", **told(marks)}],
+        [_spoken(lab), study.base[1], zorps, study.base[2], others],
+        [
+            "training pictures",
+            "asked for zorps: base",
+            "asked for zorps: with the LoRA",
+            "others: base",
+            "others: LoRA",
+        ],
+    )
+
+
+def rank(study: Study) -> Claim:
+    rows, sheet = [], []
+    found: dict[int, Marks] = {}
+    for number in RANKS:
+        lora, seconds = study.timed(rank=number)
+        found[number], zorps, _ = study.lab.judged(study.lab.put(lora))
+        pairs = changes(lora, study.lab.base).values()
+        size = sum(sum(t.numel() for t in (one.up, one.down)) for one in lora.modules.values())
+        whole = sum(weight.numel() for _, weight in pairs)
+        share = relative(lora, study.lab.base)
+        rows.append(
+            {"rank": number, "trained": f"{size / whole:.1%}", **told(found[number]), "‖ΔW‖/‖W‖": f"{share:.3f}"}
+        )
+        rows[-1]["CPU s"] = f"{seconds:.0f}"
+        sheet.append(zorps)
+    best, least = found[max(RANKS)], found[min(RANKS)]
+    return Claim(
+        "A higher rank learns a concept more faithfully, and bleeds more into what it should leave alone.",
+        f"Rank {min(RANKS)}: {least.zorps:.0%} zorps, {least.others:.0%} of other captions right; rank {max(RANKS)}: "
+        f"{best.zorps:.0%} and {best.others:.0%}.",
+        best.zorps >= least.zorps and best.others <= least.others,
+        rows,
+        sheet,
+        [f"rank {number}" for number in RANKS],
+    )
+
+
+def alpha(study: Study) -> Claim:
+    rows = []
+    sizes: dict[str, list[float]] = {}
+    for rule, of in (
+        ("alpha = rank", lambda r: {}),
+        ("alpha = 8", lambda r: {} if r == RANK else {"alpha": 8.0}),
+        ("alpha = 8, rank-stabilised", lambda r: {"alpha": 8.0, "rank_stabilised": True}),
+    ):
+        for number in RANKS:
+            lora = study.zorp(rank=number, **of(number))
+            marks = study.lab.judged(study.lab.put(lora))[0]
+            scale = next(iter(lora.modules.values())).scale
+            share = relative(lora, study.lab.base)
+            sizes.setdefault(rule, []).append(share)
+            rows.append(
+                {"rule": rule, "rank": number, "scale": f"{scale:.3g}", "‖ΔW‖/‖W‖": f"{share:.3f}", **told(marks)}
+            )
+    spread = {rule: max(each) / min(each) for rule, each in sizes.items()}
+    return Claim(
+        "ΔW is scaled by alpha/rank, rank-stabilised by alpha/√rank. With alpha/rank kept fixed a change of the rank "
+        "leaves the strength about as it is; with a fixed alpha a higher rank is a weaker LoRA.",
+        f"From rank {RANKS[0]} to {RANKS[-1]} the size of the update varies by a factor of "
+        + ", ".join(f"{value:.2f} with {rule}" for rule, value in spread.items())
+        + ".",
+        spread["alpha = rank"] < spread["alpha = 8"],
+        rows,
+    )
+
+
+def strength(study: Study) -> Claim:
+    lab, lora = study.lab, study.zorp(rank=RANK)
+    size = relative(lora, lab.base)
+    rows, sheet, found = [], [], {}
+    for value in STRENGTHS:
+        found[value], zorps, others = lab.judged(lab.put(lora, value))
+        rows.append({"strength": value, "‖ΔW‖/‖W‖": f"{size * value:.3f}", **told(found[value])})
+        sheet.append([*zorps[: SHOWN // 2], *others[: SHOWN // 2]])
+    strongest = found[STRENGTHS[-1]]
+    return Claim(
+        "A larger strength (or alpha, without training again) carries more of the concept, until pictures collapse.",
+        f"Zorps appear at strength {_first(found, lambda m: m.zorps >= 0.5)}; other captions are right in "
+        f"{found[0].others:.0%} at 0, {found[1].others:.0%} at 1, {strongest.others:.0%} at {STRENGTHS[-1]:g}, where "
+        f"{strongest.zorps:.0%} of zorps are left.",
+        found[0.5].zorps <= found[1].zorps and strongest.others < found[1].others and strongest.zorps < found[1].zorps,
+        rows,
+        sheet,
+        [f"strength {value:g}: zorps, others" for value in STRENGTHS],
+    )
+
+
+def truncation(study: Study) -> Claim:
+    lab, whole = study.lab, study.zorp(rank=max(RANKS))
+    rows, sheet, kept = [], [], {}
+    spectra = {
+        name: torch.linalg.svd(delta.double(), full_matrices=False)
+        for name, (delta, _) in changes(whole, lab.base).items()
+    }
+    energy = sum(float(s.square().sum()) for _, s, _ in spectra.values())
+    for number in CUTS:
+        kept[number] = sum(float(s[:number].square().sum()) for _, s, _ in spectra.values()) / energy
+        marks, zorps, _ = lab.judged(lab.put(_truncated(whole, spectra, number)))
+        rows.append({"rank": number, "energy kept": f"{kept[number]:.1%}", **told(marks)})
+        sheet.append(zorps)
+    return Claim(
+        "A low-rank update can't hold a change of a higher intrinsic rank: what a truncation loses is told by the "
+        "energy that it keeps.",
+        f"Of an update learned at rank {max(RANKS)}, the closest one of rank 1 keeps {kept[1]:.0%} of its energy, of "
+        f"rank 4 {kept[4]:.0%}, of rank 16 {kept[16]:.0%}.",
+        kept[1] < kept[4] < kept[16] <= 1,
+        rows,
+        sheet,
+        [f"truncated to rank {number}" for number in CUTS],
+    )
+
+
+def targets(study: Study) -> Claim:
+    rows, sheet, found = [], [], {}
+    for name, patterns in TARGETS.items():
+        lora = study.zorp(rank=RANK, **({} if patterns == ("*",) else {"patterns": patterns}))
+        found[name], zorps, _ = study.lab.judged(study.lab.put(lora))
+        rows.append({"targets": name, "modules": len(lora.modules), **told(found[name])})
+        sheet.append(zorps)
+    few, every = found["queries and keys"], found["all weights"]
+    return Claim(
+        "Which weights train decides what is learned: queries and keys alone steer where the model looks, and leave "
+        "the composition with the base; what it can paint is in values, outputs and MLPs.",
+        f"Queries and keys alone: {few.zorps:.0%} zorps, places {few.places:.0%}, grounds {few.grounds:.0%}, other "
+        f"captions {few.others:.0%}; all weights: {every.zorps:.0%}, {every.places:.0%}, {every.grounds:.0%}, "
+        f"{every.others:.0%}.",
+        few.zorps < every.zorps and few.others >= every.others,
+        rows,
+        sheet,
+        list(TARGETS),
+    )
+
+
+def preservation(study: Study) -> Claim:
+    lab = study.lab
+    shots = lab.shots(lab.learned)
+    prior = lab.shots(lab.prior)
+    rows, sheet, found = [], [], {}
+    for name, more in (
+        ("none", []),
+        ("pictures of the class", prior),
+        ("the base's own answers", [shot._replace(of_base=True) for shot in prior]),
+    ):
+        lora = lab.learn([*shots, *more], steps=study.steps * 2, rank=RANK) if more else study.zorp(rank=RANK)
+        found[name], zorps, others = lab.judged(lab.put(lora))
+        rows.append({"preservation": name, **told(found[name])})
+        sheet.append([*zorps[: SHOWN // 2], *others[: SHOWN // 2]])
+        print(f"  {rows[-1]}", flush=True)
+    none = found.pop("none")
+    return Claim(
+        "Prior preservation keeps what a LoRA would otherwise carry away: 20 pictures of other things beside the "
+        "concept's, or what the base itself answers to their captions.",
+        f"Other captions are right in {none.others:.0%} without it"
+        + "".join(f", in {marks.others:.0%} with {name} ({marks.zorps:.0%} zorps)" for name, marks in found.items())
+        + f"; without it {none.zorps:.0%} of zorps are drawn.",
+        all(marks.others >= none.others for marks in found.values()),
+        rows,
+        sheet,
+        [f"{name}: zorps, others" for name in ("none", *found)],
+    )
+
+
+def masked(study: Study) -> Claim:
+    lab = study.lab
+    spoiled = [shot._replace(picture=framed(shot.picture)) for shot in lab.shots(lab.learned)]
+    rows, sheet, frames = [], [[shot.picture for shot in spoiled]], {}
+    for name, mask in (("none", None), ("all but the frame", 1 - frame())):
+        lora = lab.learn([shot._replace(mask=mask) for shot in spoiled], steps=study.steps, rank=RANK)
+        marks, zorps, _ = lab.judged(lab.put(lora))
+        frames[name] = sum(map(has_frame, zorps)) / len(zorps)
+        rows.append({"mask": name, "with a frame": f"{frames[name]:.0%}", "zorps": f"{marks.zorps:.0%}"})
+        sheet.append(zorps)
+    return Claim(
+        "A masked loss learns a concept without what is beside it in every training picture: here a black frame that "
+        "no caption names.",
+        f"Without a mask {frames['none']:.0%} of the pictures have the frame, with one that leaves it out "
+        f"{frames['all but the frame']:.0%}.",
+        frames["none"] > 0.5 > 0.2 > frames["all but the frame"],
+        rows,
+        sheet,
+        ["training pictures", "without a mask", "with a mask"],
+    )
+
+
+def files(study: Study) -> Claim:
+    """Saved in every layout, read again by the pack and by the host's own loader."""
+    import comfy.sd
+    import comfy.utils
+
+    lab, lora = study.lab, study.zorp(rank=RANK)
+    scenes = [*lab.zorps[:4], *lab.others[:4]]
+    drawn = torch.stack(lab.draw(lab.put(lora), scenes))
+    layouts, families, loras = (lab.pack(f"lora_ops.{name}") for name in ("layouts", "families", "lora"))
+    shapes = lab.pack("nodes.host.patching").shapes(lab.base, None)
+    rows, most = [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for layout in layouts.LAYOUTS:
+            path = Path(folder) / (layout.name if layout.folder else f"{layout.name}.safetensors")
+            layouts.write(path, lora, layout, families.recognise(shapes), shapes=shapes)
+            again = {"our loader": lab.put(loras.read_lora(path))}
+            if not layout.folder:
+                held = comfy.utils.load_torch_file(str(path))
+                again["the host's loader"] = comfy.sd.load_lora_for_models(lab.base, None, held, 1.0, 0)[0]
+            for who, model in again.items():
+                off = float((torch.stack(lab.draw(model, scenes)) - drawn).abs().max())
+                most = max(most, off)
+                size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+                rows.append(
+                    {
+                        "layout": layout.name,
+                        "MB": f"{size / 1e6:.2f}",
+                        "read by": who,
+                        "largest difference": f"{off:.1e}",
+                    }
+                )
+    return Claim(
+        "A trained LoRA says the same in every layout, to our loader and to the host's.",
+        f"The largest difference between pixels (0 to 1) of 8 pictures is {most:.1e}.",
+        most < 0.02,
+        rows,
+    )
+
+
+CLAIMS: Mapping[str, Callable[[Study], Claim]] = {
+    "base": base,
+    "concept": concept,
+    "preservation": preservation,
+    "strength": strength,
+    "rank": rank,
+    "truncation": truncation,
+    "targets": targets,
+    "masked": masked,
+    "alpha": alpha,
+    "files": files,
+}
+
+
+def measure(comfy: Path, names: Sequence[str], steps: int, out: Path) -> None:
+    """Measure these claims and write them beside those that are in out already."""
+    study = Study(comfy, steps)
+    out.mkdir(parents=True, exist_ok=True)
+    store = out / "claims.json"
+    found = json.loads(store.read_text("utf-8")) if store.exists() else {"claims": {}}
+    found["about"] = {**machine(comfy), "steps": steps}
+    for name in names:
+        print(name, flush=True)
+        claim = CLAIMS[name](study)
+        found["claims"][name] = {
+            "says": claim.says,
+            "found": claim.found,
+            "holds": claim.holds,
+            "rows": list(claim.rows),
+            "sheet": list(claim.about),
+        }
+        if claim.sheet:
+            pictures.save(_sheet(claim.sheet), out / f"{name}.png")
+        store.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / "README.md").write_text(page(found), encoding="utf-8")
+        print(f"  {claim.found}\n  {'holds' if claim.holds else 'DOES NOT HOLD'}", flush=True)
+
+
+def _finish(lab: Lab) -> Callable[[Any, int], None]:
+    def stop(*_: Any) -> None:
+        raise lab.pack("nodes.host.training").Finish
+
+    return stop
+
+
+def _spoken(lab: Lab) -> list[Tensor]:
+    return [shot.picture for shot in lab.shots(lab.learned[:SHOWN])]
+
+
+def _truncated(lora: Any, spectra: Mapping[str, Any], rank: int) -> Any:
+    modules = {}
+    for name, (u, s, vh) in spectra.items():
+        up, down = u[:, :rank] * s[:rank], vh[:rank]
+        modules[name] = replace(lora.modules[name], up=up.float(), down=down.float(), alpha=None)
+    return replace(lora, modules=modules)
+
+
+def _first(found: Mapping[float, Marks], there: Callable[[Marks], bool]) -> str:
+    return next((f"{value:g}" for value, marks in found.items() if there(marks)), "none")
+
+
+def _sheet(rows: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Half as large as they are drawn."""
+    shown = [picture for row in rows for picture in row[:SHOWN]]
+    small = pictures.enlarged(avg_pool2d(torch.stack(shown), pictures.CELL), pictures.CELL // 2)
+    return pictures.sheet(small, SHOWN)
+
+
+def page(found: Mapping[str, Any]) -> str:
+    about = ", ".join(f"{key} {value}" for key, value in found["about"].items())
+    text = [INTRODUCTION, f"Measured with {about}.\n"]
+    for name in (name for name in CLAIMS if name in found["claims"]):
+        claim = found["claims"][name]
+        columns = list(claim["rows"][0])
+        text += [f"## {name.capitalize()}\n\n{claim['says']}\n"]
+        text += [f"**{'Holds' if claim['holds'] else 'Does not hold here'}.** {claim['found']}\n"]
+        text += [f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"]
+        text += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in claim["rows"]]
+        if claim["sheet"]:
+            text += [f"\n![{name}]({name}.png)\n\nFrom above: {'; '.join(claim['sheet'])}."]
+        text += [""]
+    return "\n".join(text)
+
+
+INTRODUCTION = """# LoRA claims, measured on the small world
+
+The small world is a FLUX of two million parameters that draws one figure on a ground as a caption says it ("a red
+circle at the left on striped blue"). It was trained from scratch on a CPU (`python -m harness.world train`); a program
+without any network reads from a picture what it shows, so each figure below is a share of pictures. What the model
+never saw is a *zorp*: an hourglass, black above orange.
+
+Every LoRA here was learned by the pack's own trainer on 20 pictures of zorps, put on by its own patching and drawn by
+ComfyUI's own sampler. `python -m harness.world claims` measures all of it anew and writes this page.
+
+- *zorps*: pictures that show a zorp, of 16 captions that ask for one and were not trained on
+- *their place*, *their ground*: of these pictures, those with the figure where, and the ground that, the caption says
+- *other captions*: pictures that are right in colour, shape, place, texture and ground, of 16 captions without a zorp
+  that the base was trained on
+"""
