@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,18 @@ from typing import Any
 from harness import comfy, small
 from harness.comfy import PACK
 from harness.server import Server, ServerError, WorkflowError
-from harness.workflow import ConversionError, smaller, to_prompt, without_t5
+from harness.workflow import ConversionError, Prompt, brief, smaller, to_prompt, with_models, without_t5
+from harness.world import host as world
+from harness.world import pictures
 
 # Where the sample LoRAs of each small model go under models/loras.
 SAMPLES = {
     "checkpoints/v1-5-pruned-emaonly-fp16.safetensors": "",
     "diffusion_models/flux1-dev.safetensors": "flux",
 }
+
+
+STEPS = 20  # of each training
 
 
 def main(host: Path, out: Path) -> int:
@@ -36,6 +42,7 @@ def main(host: Path, out: Path) -> int:
         base = Path(folder)
         write_samples(models, base / "models" / "loras")
         server = Server(host, base, models=models)
+        write_world(host, base / "models")
         try:
             with server:
                 failures = [path.stem for path in workflows if not _run(server, path, out)]
@@ -55,12 +62,36 @@ def write_samples(models: Path, loras: Path) -> None:
         subprocess.run(command, cwd=PACK, check=True, stdout=subprocess.DEVNULL)
 
 
+def write_world(host: Path, models: Path) -> None:
+    """The small world's models, for what trains."""
+    command = [sys.executable, "-m", "harness.world", "models", str(models)]
+    subprocess.run(
+        command, cwd=PACK, check=True, env={**os.environ, "COMFYUI_PATH": str(host)}, stdout=subprocess.DEVNULL
+    )
+
+
+def tried(prompt: Prompt, base: Path, side: int = 256, steps: int = STEPS) -> Prompt:
+    """An example's prompt for small models. What trains does it for a few steps on pictures that are put where the
+    prompt looks for them: on the small world, or, where a text encoder learns too, which FLUX's does not, as it is."""
+    training = [node["inputs"] for node in prompt.values() if node["class_type"] == "LoraOpsDataset"]
+    if not training:
+        return smaller(without_t5(prompt), side)
+    learned, others = pictures.some_zorps(8)[0], pictures.split()[0][:8]
+    for inputs in training:
+        pictures.write_folder(base / "input" / inputs["folder"], learned)
+        if inputs["regularisation"] != "none":
+            pictures.write_folder(base / "input" / inputs["regularisation"], others)
+    if all(node["inputs"].get("text_encoder", "off") == "off" for node in prompt.values()):
+        prompt = with_models(prompt, *(Path(file).name for file in (world.MODEL, world.CLIP, world.VAE)))
+    return brief(prompt, steps, pictures.SIDE)
+
+
 def _run(server: Server, path: Path, out: Path) -> bool:
     print(f"\n── {path.stem}", flush=True)
     started = time.monotonic()
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
-        prompt = smaller(without_t5(to_prompt(workflow, server.object_info())))
+        prompt = tried(to_prompt(workflow, server.object_info()), server.base)
         entry = server.post(prompt)
     except (ConversionError, WorkflowError, ServerError) as error:
         print(f"{type(error).__name__}: {error}")

@@ -66,6 +66,43 @@ def without_t5(prompt: Prompt) -> Prompt:
     return result
 
 
+def with_models(prompt: Prompt, unet: str, clip: str, vae: str) -> Prompt:
+    """The prompt with these files loaded in place of whatever its loaders name; checkpoints come in these parts too."""
+    result = copy.deepcopy(prompt)
+    loaders = {
+        "UNETLoader": {"unet_name": unet, "weight_dtype": "default"},
+        "CLIPLoader": {"clip_name": clip, "type": "stable_diffusion"},
+        "VAELoader": {"vae_name": vae},
+    }
+    parts: dict[tuple[str, int], str] = {}
+    for name, node in prompt.items():
+        kind = node["class_type"].replace("DualCLIPLoader", "CLIPLoader")
+        if kind in loaders:
+            result[name] = {"class_type": kind, "inputs": loaders[kind]}
+        elif kind == "CheckpointLoaderSimple":
+            del result[name]
+            for output, (part, inputs) in enumerate(loaders.items()):
+                parts[name, output] = f"{name}.{output}"
+                result[f"{name}.{output}"] = {"class_type": part, "inputs": inputs}
+    for node in result.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, list) and tuple(value) in parts:
+                node["inputs"] = node["inputs"] | {name: [parts[tuple(value)], 0]}
+    return result
+
+
+def brief(prompt: Prompt, steps: int, side: int) -> Prompt:
+    """The prompt with every training that short, on pictures of about that many pixels a side."""
+    result = copy.deepcopy(prompt)
+    for node in result.values():
+        if node["class_type"] == "LoraOpsTrain":
+            often = max(1, steps // 2)
+            node["inputs"] |= {"steps": steps, "sample_every": often, "save_every": often, "sample_steps": 8}
+        elif node["class_type"] == "LoraOpsDataset":
+            node["inputs"] |= {"resolution": str(side), "bucket_step": 32}
+    return result
+
+
 def smaller(prompt: Prompt, side: int = 256) -> Prompt:
     """The prompt with every width and height at most side: on a CPU a picture's time grows faster than its area."""
     result = copy.deepcopy(prompt)

@@ -15,7 +15,7 @@ import torch
 from harness import comfy, inside
 from harness.comfy import PACK
 from harness.environment import cache
-from harness.server import MOUNT
+from harness.server import MOUNT, link
 
 from . import host, pictures, reading
 
@@ -32,6 +32,8 @@ def main() -> None:
     sample.add_argument("--out", type=Path, default=Path("out/world.png"))
     zorps = commands.add_parser("zorps", help="20 pictures and captions of what the base never saw")
     zorps.add_argument("folder", type=Path)
+    models = commands.add_parser("models", help="put its models into a folder like ComfyUI's models")
+    models.add_argument("folder", type=Path)
     claims = commands.add_parser("claims", help="measure what is said of LoRAs, and write the page")
     claims.add_argument("--only", nargs="+", metavar="CLAIM", help="these alone; the others stay as they are")
     claims.add_argument("--steps", type=int, default=160, help="of each training")
@@ -47,6 +49,10 @@ def main() -> None:
     inside.mount(path)
     if asked.command == "train":
         _train(path, asked.steps, asked.more)
+    elif asked.command == "models":
+        there = host.models(path)
+        for file in there.rglob("*.safetensors"):
+            link(file, asked.folder / file.relative_to(there))
     elif asked.command == "claims":
         _measure(path, asked.only, asked.steps, asked.out)
     else:

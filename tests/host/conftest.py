@@ -12,7 +12,7 @@ import torch
 from harness import comfy, demo, inside, small
 from harness.comfy import PACK
 from harness.server import MOUNT, Server
-from harness.workflow import smaller, to_prompt, without_t5
+from harness.workflow import to_prompt
 
 
 def pytest_collection_modifyitems(items):
@@ -123,6 +123,7 @@ def server(comfy_path, small_files, tmp_path_factory):
     pictures are equal files."""
     base = tmp_path_factory.mktemp("comfy")
     demo.write_samples(small_files, base / "models" / "loras")
+    demo.write_world(comfy_path, base / "models")
     with Server(comfy_path, base, models=small_files, arguments=("--disable-metadata",)) as running:
         yield running
 
@@ -134,7 +135,7 @@ def example(server):
 
     def prompt(name: str) -> dict:
         workflow = json.loads((PACK / "example_workflows" / f"{name}.json").read_text("utf-8"))
-        found = smaller(without_t5(to_prompt(workflow, info)), side=64)
+        found = demo.tried(to_prompt(workflow, info), server.base, side=64, steps=4)
         for node in found.values():
             if node["class_type"] == "KSampler":
                 node["inputs"]["steps"] = 2
