@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..adapters import Adapter, LowRank
 from ..errors import LoraOpsError, TrainingError, shown
-from ..landing import land, require_coverage
-from ..lora import Lora, TargetMap
+from ..landing import Piece, land, require_coverage
+from ..lora import Band, Lora, TargetMap
 from ..stack import Entry
 from .initial import moves, of_weight, require_kind
 from .objectives import Objective
@@ -124,7 +124,7 @@ class Plan:
         return begun._replace(taken_off=begun.adapters if moves(self.initial) else None)
 
     def go_on(self, where: Sequence[Place], lora: Lora, targets: TargetMap) -> Beginning:
-        """From a LoRA in any dialect, each of its modules with its own alpha.
+        """From a LoRA in any dialect, each of its modules with its own alpha; of fused rows, each part with its own.
 
         Raises TrainingError, naming both, where its places, ranks or algebra are others than the plan's.
         """
@@ -133,7 +133,10 @@ class Plan:
             raise TrainingError(what, remedy="Choose the initialisation gaussian to go on from a LoRA.")
         landing = land([Entry(lora, {"model": 1.0, "clip": 1.0})], targets)
         require_coverage(landing, 1.0)
-        there = {(key, piece.band): piece for (_, key), pieces in landing.pieces.items() for piece in pieces}
+        there: dict[tuple[str, Band | None], Piece] = {}
+        for (_, key), pieces in landing.pieces.items():
+            inside = [place for place in where if place.target.key == key]
+            there |= {(key, part.band): part for piece in pieces for part in apart(piece, inside)}
         found: dict[Place, Adapter] = {}
         for place in where:
             piece = there.pop((place.target.key, place.target.band), None)
@@ -157,3 +160,22 @@ class Plan:
             for name, there in (("aims", self.aims), ("text_aims", self.text_aims))
         }
         return json.dumps(asdict(self) | aims, default=str, sort_keys=True)
+
+
+def apart(piece: Piece, where: Sequence[Place]) -> list[Piece]:
+    """A LoRA of a fused weight, as one for each of these places in it, where it is no more than these beside each
+    other: each with components of its own, as our layouts write them together. Else the piece itself."""
+    adapter, where = piece.adapter, sorted(where, key=lambda place: place.target.rows.start)
+    ranks = [place.rank for place in where]
+    if not isinstance(adapter, LowRank) or adapter.mid is not None or len(where) < 2 or sum(ranks) != adapter.rank:
+        return [piece]
+    whole = piece.band or Band(0, len(adapter.up))
+    if where[0].target.rows.start < whole.start or where[-1].target.rows.end > whole.end:
+        return [piece]
+    found = []
+    for place, columns, down in zip(where, adapter.up.split(ranks, dim=1), adapter.down.split(ranks), strict=True):
+        up = columns.narrow(0, place.target.rows.start - whole.start, place.target.rows.length)
+        if torch.count_nonzero(up) != torch.count_nonzero(columns):
+            return [piece]
+        found.append(replace(piece, adapter=LowRank(up, down, adapter.scale * place.rank), band=place.target.band))
+    return found

@@ -399,6 +399,38 @@ def test_a_lora_of_any_dialect_goes_on_with_its_own_alpha(train, ours):
     assert {each.scale for each in learned.modules.values()} == {0.25}
 
 
+def test_a_lora_whose_parts_were_written_together_goes_on_in_parts(train, ours, tmp_path):
+    """kohya's names have one LoRA for FLUX's fused q, k and v."""
+    layouts, lora, adapters = ours("lora_ops.layouts"), ours("lora_ops.lora"), ours("lora_ops.adapters")
+    families, patching = ours("lora_ops.families"), ours("nodes.host.patching")
+    session = Session(
+        train, "flux", aims=(train.places.Aim(None, 4), train.places.Aim(train.select.Pattern.parse("*.to_k"), 2))
+    )
+    draw, modules = torch.Generator().manual_seed(4), {}
+    for place in session.where:
+        out, *inputs = place.target.delta_shape
+        factors = torch.randn(out, place.rank, generator=draw), torch.randn(place.rank, *inputs, generator=draw)
+        modules[place.module] = adapters.LowRank(*factors, float(place.rank))
+    shapes = patching._shapes(session.patcher)
+    (kohya,) = (each for each in layouts.LAYOUTS if each.name == "kohya")
+    layouts.write(
+        tmp_path / "one.safetensors", lora.Lora("one", modules), kohya, families.recognise(shapes), shapes=shapes
+    )
+    fused = lora.read_lora(str(tmp_path / "one.safetensors"))
+    assert len(fused.modules) < len(modules) and {each.rank for each in fused.modules.values()} > {10}
+    begun = session.plan.go_on(session.where, fused, session.model.targets())
+    assert len(begun.adapters) == len(modules)
+    for place, adapter in begun.adapters.items():
+        given = modules[place.module]
+        assert adapter.rank == given.rank
+        torch.testing.assert_close(adapter.scale * adapter.up @ adapter.down, given.up @ given.down)
+    mixed = {name: each for name, each in fused.modules.items()}
+    name = next(name for name, each in mixed.items() if each.rank == 10)
+    mixed[name] = adapters.LowRank(torch.ones_like(mixed[name].up), mixed[name].down, mixed[name].alpha)
+    with pytest.raises(train.errors.TrainingError, match="no module for on the same rows"):
+        session.plan.go_on(session.where, lora.Lora("mixed", mixed), session.model.targets())
+
+
 def test_out_of_memory_names_the_setting_that_frees_most_and_goes_on_later(train, tmp_path):
     session = Session(train, "sd35_medium")
     plan = train.plan.Plan(4, (train.places.Aim(rank=4),), descent=train.optimizers.Descent(rate=1e-2))
