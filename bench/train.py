@@ -200,7 +200,7 @@ def _ours(
 
     def loop(done: Callable[[], None]) -> int:
         run = loop_of.Run(plan, *wrappers)
-        with model.running(wrappers, [item], checkpointing=checkpointing) as found:
+        with model.running(wrappers, [item], checkpointing=checkpointing, autocast=autocast) as found:
             loop_of.train(run, [item], model.predict, model.sampling, timesteps, progress=lambda _: done())
             return model.foreseen(found, run).total
 

@@ -94,22 +94,29 @@ class Model(Part):
 
     @contextmanager
     def running(
-        self, wrappers: Sequence[Wrapper], batch: Sequence[Item], *, checkpointing: bool = False
+        self,
+        wrappers: Sequence[Wrapper],
+        batch: Sequence[Item],
+        *,
+        checkpointing: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> Iterator[Probe]:
         """While inside, the model is loaded with its wrapper in it, and the text encoder with its own, and they answer
-        with gradients; yields what a batch like this one keeps for them.
+        with gradients; yields what a batch like this one keeps for them under autocast.
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
         self._memory = self.patcher.memory_required([len(batch), *batch[0].shape])
-        self._training = comfy.model_management.in_training
+        self._training, device = comfy.model_management.in_training, self.patcher.load_device.type
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 for part, wrapper in zip(self._parts, wrappers, strict=True):
                     part.put(wrapper)
                 self._enter()
                 with checkpointed(self.network) if checkpointing else nullcontext():
-                    yield self._examined(batch, checkpointing)
+                    with torch.autocast(device, autocast) if autocast else nullcontext():
+                        found = self._examined(batch, checkpointing)
+                    yield found
             finally:
                 self._leave()
                 for part, wrapper in zip(self._parts, wrappers, strict=True):
@@ -353,7 +360,8 @@ class Model(Part):
 
         needed: Estimate | None = None
         try:
-            with self.running(wrappers, widest(items, plan.batch), checkpointing=checkpointing) as found:
+            widest_batch, more = widest(items, plan.batch), {"checkpointing": checkpointing, "autocast": plan.autocast}
+            with self.running(wrappers, widest_batch, **more) as found:
                 needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
                 train(

@@ -281,6 +281,13 @@ def test_models_of_other_types_learn(train, dtype):
     assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_under_autocast(train, checkpointing):
+    session = Session(train, "flux", autocast=torch.bfloat16)
+    loss, lower = session.learn(checkpointing=checkpointing, autocast=torch.bfloat16)
+    assert lower < 0.9 * loss
+
+
 @pytest.mark.parametrize("initial", ["gaussian", "pissa_niter_2"])
 def test_a_quantised_model_learns(train, initial):
     """The host's quantised Linear, which is no nn.Linear: its gradient is that of the de-quantised weight."""
@@ -457,24 +464,27 @@ def test_cancelling_keeps_the_state(train, tmp_path):
 
 def test_what_is_foreseen_is_what_is_kept(train):
     """Beside autograd's own: the storages that stand behind what it saved when the forward pass is over. With
-    checkpointing there is one block's more, and the blocks' inputs instead of what is inside."""
+    checkpointing there is one block's more, and the blocks' inputs instead of what is inside. Under autocast the cast
+    weights are among it."""
     foreseen, kept = [], []
-    for checkpointing in (False, True):
+    for checkpointing, autocast in ((False, None), (True, None), (False, torch.bfloat16)):
         session, saved = Session(train, "flux"), {}
-        with torch.inference_mode(), session.running(checkpointing=checkpointing) as found:
+        more = {"checkpointing": checkpointing, "autocast": autocast}
+        with torch.inference_mode(), session.running(**more) as found:
 
             def pack(tensor, saved=saved):
                 saved[tensor.untyped_storage()._cdata] = tensor
                 return tensor
 
             x = session.item.latents[0][None]
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            casting = torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None)
+            with casting, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 session.model.predict(x, torch.tensor([0.5]), [session.item.conditions[0]])
             foreseen.append(found.kept)
             frozen = {p.untyped_storage()._cdata for p in session.patcher.model.parameters()}
             frozen |= {p.untyped_storage()._cdata for p in session.run.parameters.values()}
             kept.append(sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in frozen))
-    assert foreseen[0] == pytest.approx(kept[0], rel=0.02)
+    assert foreseen[0] == pytest.approx(kept[0], rel=0.02) and foreseen[2] == pytest.approx(kept[2], rel=0.02)
     assert kept[1] < foreseen[1] < 0.8 * foreseen[0]
 
 
