@@ -164,8 +164,10 @@ def train(
                     raise _diverged(run, "gradient")
                 continue
             skipped = 0
-            past = plan.smoothing if math.isfinite(run.smoothed) else 0.0
-            run.smoothed = past * run.smoothed + (1 - past) * loss if past else loss
+            share = max(
+                1 - plan.smoothing, 1 / run.step
+            )  # the mean at first: the first loss is worth no more than others
+            run.smoothed = loss if math.isnan(run.smoothed) else run.smoothed + share * (loss - run.smoothed)
             validation, best = None, False
             if held_out and plan.validate_every and run.step % plan.validate_every == 0:
                 validation = validate(run, held_out, predict, sampling, timesteps)

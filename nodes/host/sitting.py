@@ -91,7 +91,9 @@ class Sitting:
         except BaseException as error:
             self._ended_early(error)
             raise
-        self.run.ended("done" if self.step >= settings.steps else "finished", self.where(self.folder.result))
+        how = "done" if self.step >= settings.steps else "finished"
+        self.run.ended(how, self.where(self.folder.result))
+        show(self.node_id, f"step {self.step}/{settings.steps} · {how}")
         return found
 
     def where(self, path: Path) -> str:

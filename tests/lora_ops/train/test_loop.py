@@ -109,6 +109,15 @@ def test_going_on_from_a_state_is_bit_identical(optimizer, accumulate, checkpoin
     assert rest.run.smoothed == whole.run.smoothed
 
 
+def test_the_smoothed_loss_is_the_mean_at_first_and_then_forgets():
+    """Else a high first loss would be seen for as many steps as it smooths over."""
+    made = Small(replace(PLAN, steps=6, smoothing=0.75)).train()
+    losses, told = ([getattr(done, name) for done in made.seen] for name in ("loss", "smoothed"))
+    for step in range(1, 5):
+        assert told[step - 1] == pytest.approx(sum(losses[:step]) / step)
+    assert told[5] == pytest.approx(0.75 * (0.75 * told[3] + 0.25 * losses[4]) + 0.25 * losses[5])
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_looking_at_what_was_learned_changes_no_bit(optimizer):
     """A schedule-free optimizer's average is got in place and given back in place, to rounding only."""
