@@ -37,8 +37,7 @@ def is_map(module: nn.Module) -> bool:
 def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf) -> Tensor:
     """forward(x), where forward is the module's own; its gradient is that of the module's map alone."""
     if not (x.requires_grad and torch.is_grad_enabled()):
-        with torch.no_grad():  # older hosts leave weights that ask for gradients themselves
-            return forward(x)
+        return forward(x)
     found = _Frozen.apply(x, module, forward, weight_of)
     assert isinstance(found, Tensor)
     return found
