@@ -61,6 +61,7 @@ class LoraOpsDataset(io.ComfyNode):
         lists, one = {name: given.pop(name, None) for name in LISTS}, only(given)
         clip, vae = one.get("clip"), one.get("vae")
         source = source_of(one["folder"], lists)
+        require_used(one, lists)
         resolutions = resolutions_of(one["resolution"])
         asked = datasets.Asked(
             source=one["folder"] if source == "folder" else source,
@@ -84,9 +85,6 @@ class LoraOpsDataset(io.ComfyNode):
         gathered, entries, conditioning = Gathered(()), [], None
         if source == "latents":
             entries = of_latents(lists["latents"], lists["captions"], lists["conditioning"])
-            if one["mirror"]:
-                what = "mirror is on, and latents have no mirror image."
-                raise TrainingError(what, remedy="Turn it off, or connect images.")
         elif source == "images":
             gathered = of_images(lists["images"], lists["captions"], lists["masks"])
             if lists["conditioning"] is not None:
@@ -296,6 +294,28 @@ def source_of(folder: str, lists: Mapping[str, Any]) -> str:
     if lists["captions"] is not None and lists["conditioning"] is not None:
         raise TrainingError("There are captions and conditionings.", remedy="Disconnect one of the two.")
     return there[0]
+
+
+def require_used(one: Mapping[str, Any], lists: Mapping[str, Any]) -> None:
+    """Raises TrainingError for what is asked for and cannot be done with what is connected."""
+    texts = one["trigger_word"].strip() or one["tag_orders"] > 1
+    for wire, asked, what, remedy in (
+        (
+            "latents",
+            one["mirror"],
+            "mirror is on, and latents have no mirror image.",
+            "Turn it off, or connect images.",
+        ),
+        (
+            "conditioning",
+            texts,
+            "trigger_word and tag_orders change captions, and the pictures come with conditionings.",
+            "Connect captions instead.",
+        ),
+        ("masks", one["mask_from"] == "off", "masks are connected, and mask_from is off.", "Set it to files."),
+    ):
+        if lists[wire] is not None and asked:
+            raise TrainingError(what, remedy=remedy)
 
 
 def resolutions_of(text: str) -> tuple[int, ...]:

@@ -85,7 +85,8 @@ export class Strip {
       found.tabIndex = 0;
       found.focus({ preventScroll: true });
       const [box, within] = [found.parentElement, this.element];
-      within.scrollLeft = Math.max(box.offsetLeft + box.offsetWidth - within.clientWidth, Math.min(within.scrollLeft, box.offsetLeft));
+      const end = box.offsetLeft + box.offsetWidth - within.clientWidth;
+      within.scrollLeft = Math.max(end, Math.min(within.scrollLeft, box.offsetLeft));
     }
     event.preventDefault();
     event.stopPropagation();
@@ -93,7 +94,8 @@ export class Strip {
 
   #open(step, number) {
     const back = document.activeElement;
-    enlarge(this.#samples, step, number, (...picture) => this.#address(...picture, false), () => back?.focus({ preventScroll: true }));
+    const address = (...picture) => this.#address(...picture, false);
+    enlarge(this.#samples, step, number, address, () => back?.focus({ preventScroll: true }));
   }
 }
 
@@ -109,15 +111,17 @@ function enlarge(samples, step, number, address, closed) {
     picture.src = address(at, number, time);
     caption.textContent = `Step ${at}${pictures > 1 ? ` · picture ${number + 1} of ${pictures}` : ""}`;
     picture.alt = `Sample: ${caption.textContent}`;
-    earlier.disabled = place === 0;
-    later.disabled = place === samples.length - 1;
+    earlier.setAttribute("aria-disabled", String(place === 0)); // not disabled: it would lose the focus
+    later.setAttribute("aria-disabled", String(place === samples.length - 1));
   };
-  const turn = (label, sign, across) =>
-    element("button", { type: "button", className: "turn", title: label, "aria-label": label, onclick: () => show(across, 0) }, sign);
+  const turn = (label, sign, across) => {
+    const properties = { type: "button", className: "turn", title: label, onclick: () => show(across, 0) };
+    return element("button", { ...properties, "aria-label": label }, sign);
+  };
   const earlier = turn("Earlier step", "‹", -1);
   const later = turn("Later step", "›", 1);
-  const dialog = element("dialog", { className: "lora_ops_sample" }, earlier, element("figure", {}, picture, caption), later);
-  dialog.setAttribute("aria-label", "Sample");
+  const figure = element("figure", {}, picture, caption);
+  const dialog = element("dialog", { className: "lora_ops_sample", "aria-label": "Sample" }, earlier, figure, later);
   dialog.addEventListener("keydown", (event) => {
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
     if (event.key in moves) {
@@ -131,7 +135,7 @@ function enlarge(samples, step, number, address, closed) {
     dialog.remove();
     closed();
   });
-  for (const event of ["wheel", "pointerdown", "contextmenu"]) dialog.addEventListener(event, (each) => each.stopPropagation());
+  for (const event of ["wheel", "pointerdown"]) dialog.addEventListener(event, (each) => each.stopPropagation());
   show(0, 0);
   document.body.append(dialog);
   dialog.showModal();

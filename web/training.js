@@ -42,8 +42,12 @@ class Panel {
   #state = element("span", { className: "state", role: "status" });
   #figures = element("span", { className: "figures" });
   #done = element("div", { className: "done", role: "progressbar", "aria-label": "Steps", "aria-valuemin": 0 });
-  #readings = { loss: reading("raw", "loss"), smoothed: reading("smoothed", "smoothed"), validation: reading("validation", "validation") };
-  #scale = element("button", { type: "button", className: "scale", title: "Logarithmic scale", onclick: () => this.#toggleLog() }, "log");
+  #readings = {
+    loss: reading("raw", "loss"),
+    smoothed: reading("smoothed", "smoothed"),
+    validation: reading("validation", "validation"),
+  };
+  #scale = element("button", { type: "button", className: "scale", title: "Logarithmic scale" }, "log");
   #curve = new Curve((step) => this.#look(step));
   #strip;
   #spoken = element("div", { className: "spoken", "aria-live": "polite" });
@@ -63,9 +67,11 @@ class Panel {
       this.#done,
       element("div", { className: "legend" }, ...readings, this.#scale),
     );
-    const foot = element("div", { className: "foot" }, this.#strip.element, this.#note, element("div", { className: "buttons" }, ...Object.values(this.#buttons)));
+    const buttons = element("div", { className: "buttons" }, ...Object.values(this.#buttons));
+    const foot = element("div", { className: "foot" }, this.#strip.element, this.#note, buttons);
     this.#root = element("div", { className: NAME, role: "group" }, head, this.#curve.element, foot, this.#spoken);
     this.#scale.setAttribute("aria-pressed", String(this.#log));
+    this.#scale.addEventListener("click", () => this.#toggleLog());
     addBelow(node, NAME, this.#root);
     const fit = new ResizeObserver(() => {
       const height = `${head.offsetHeight + CHART + foot.offsetHeight}px`;
@@ -167,7 +173,8 @@ class Panel {
       if (this.#refused) button.disabled = this.#run.state !== "running";
       this.#say();
     };
-    const button = element("button", { type: "button", className: want, title, "data-want": want, onclick: press }, label);
+    const properties = { type: "button", className: want, title, disabled: true, onclick: press };
+    const button = element("button", { ...properties, "data-want": want }, label);
     return button;
   }
 
@@ -185,7 +192,7 @@ function figures(run) {
   if (run.state !== "running") told.push(`in ${duration(run.seconds)}`);
   else if (run.speed) told.push(speed(run.speed), `${duration(run.left)} left`);
   if (run.memory) told.push(size(run.memory));
-  return [steps, ...told.map((each) => element("span", {}, each))];
+  return [steps, ...told.flatMap((each) => [" ", element("span", {}, each)])]; // the space is heard, not seen
 }
 
 /** A value beside its line's colour. */

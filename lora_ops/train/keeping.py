@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import FileError
 from ..files import write_text
+from .state import step_of
 
 SUFFIX = ".safetensors"
 RECIPE = "recipe.json"
@@ -39,8 +40,9 @@ class Folder:
     def lora(self, step: int) -> Path:
         return self.path / f"{self.path.name}-{step:06}{SUFFIX}"
 
-    def begun(self) -> bool:
-        return self.state.exists()
+    def step(self) -> int:
+        """The step that it goes on from; 0 where there is no state. Raises FileError for what is none."""
+        return step_of(self.state) if self.state.exists() else 0
 
     def set_aside(self) -> Path | None:
         """Give the folder of an earlier run another name, which is returned: its own with the next free number."""

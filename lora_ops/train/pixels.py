@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def _wrapped(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> l
     text = text[: LINES * THUMB]
     rest = text.encode("latin-1", "replace").decode("latin-1") if isinstance(font, ImageFont.ImageFont) else text
     while rest and len(lines) < LINES:
-        count = next((n for n in range(len(rest), 0, -1) if font.getlength(rest[:n]) <= THUMB), 1)
+        count = bisect_right(range(len(rest) + 1), THUMB, key=lambda n: font.getlength(rest[:n])) - 1 or 1
         if count < len(rest) and " " in rest[:count].strip() and len(lines) < LINES - 1:
             count = rest[:count].rindex(" ") + 1
         lines.append(rest[:count].rstrip())

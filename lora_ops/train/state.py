@@ -101,6 +101,11 @@ def restore(path: str | os.PathLike[str], run: Run) -> None:
     run.best = math.inf if told["best"] is None else told["best"]
 
 
+def step_of(path: str | os.PathLike[str]) -> int:
+    """How far the run was that wrote the file, by its header. Raises FileError or TrainingError like restore."""
+    return int(_told(TensorFile(str(path), {}, files.read_header(path).metadata))["step"])
+
+
 def _tuples(group: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: tuple(value) if key in ("betas", "eps") and isinstance(value, list) else value

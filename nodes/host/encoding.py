@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.sd1_clip
@@ -98,11 +99,18 @@ def latents_of(
     with closing(ahead(work, enumerate(raws), AHEAD)) as works:
         for number, (raw, found) in enumerate(zip(raws, works, strict=True), 1):
             if isinstance(found, FileError):
-                pictures.left_out.append((raw.name, f"{found.what} {found.remedy}".strip()))
+                pictures.left_out.append((raw.name, _why(raw, found)))
             else:
                 _collect(pictures, vae, raw, found, how, shelf)
             told(number, len(raws))
     return pictures
+
+
+def _why(raw: Raw, error: FileError) -> str:
+    """What is wrong with a picture, or with its mask, which is named."""
+    file = Path(error.file or raw.name).name
+    where = "" if file == Path(raw.name).name else f"{file} "
+    return f"{where}{error.what} {error.remedy}".strip()
 
 
 def _collect(pictures: Pictures, vae: Any, raw: Raw, found: Sequence[_Work], how: How, shelf: Shelf | None) -> None:

@@ -169,7 +169,6 @@ class Run:
         """A file of this step is in path."""
         with self._lock:
             self.history.saved(step, path.name, best)
-            self._told = min(self._told, self.history.step)
             self.note = f"Saved {path.name}"
             self._asked.pop("save", None)
             self._keep()
@@ -186,7 +185,6 @@ class Run:
             return self._tell()
         with self._lock:
             self.history.sampled(step, len(images), int(time.time() * 1000))
-            self._told = min(self._told, self.history.step)
             self.note = f"Sampled at step {step}"
             self._asked.pop("sample", None)
             self._keep()
@@ -269,7 +267,7 @@ class Run:
     def _tell(self) -> None:
         """Tells the pages what they have not heard yet."""
         with self._lock:
-            news = self._told_since(self._told)
+            news = self._told_since(min(self._told, self.history.step))
             self._told, self._at, self._due = self.history.step, time.monotonic(), False
         server = getattr(PromptServer, "instance", None)
         if server is not None:

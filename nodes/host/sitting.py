@@ -23,7 +23,7 @@ from ...lora_ops.layouts import LAYOUTS, Layout, write
 from ...lora_ops.lora import Lora, from_file, read_file
 from ...lora_ops.stack import Entry
 from ...lora_ops.train.figures import figures
-from ...lora_ops.train.history import History, read
+from ...lora_ops.train.history import read
 from ...lora_ops.train.keeping import Folder
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate, out_of_memory
@@ -66,19 +66,14 @@ class Sitting:
         settings, course = self.settings, self.course
         if settings.resume["key"] == "none" and (aside := self.folder.set_aside()):
             self.notes.append(f"the earlier run is in {aside.name}")
-        before = self._before()
-        self.from_step = self.step = before.step if before else 0
-        self.kept = bool(
-            before and before.ending and before.ending.how == "finished" and before.steps == settings.steps
-        )
-        if before and (changed := differences(self.folder.told() or self.recipe, self.recipe)):
+        self.from_step = self.step = self.folder.step()
+        self.kept = self._was_finished()
+        if self.step and (changed := differences(self.folder.told() or self.recipe, self.recipe)):
             self._changed(", ".join(changed))
         self.run = runs.begin(self.node_id, self.name, settings.steps, self.folder.path, workflow)
         try:
             self.folder.tell(self.recipe)
-            with Steps(
-                self.node_id, self.name, self.step, settings.steps, lambda: self.run.history.speed
-            ) as self.shown:
+            with Steps(self.node_id, self.name, self.step, settings.steps, self._speed) as self.shown:
                 lora = course.model.learn(
                     course.plan,
                     course.items,
@@ -103,12 +98,13 @@ class Sitting:
         """As a person finds it: from the host's output folder on."""
         return path.relative_to(runs.root().parent.parent).as_posix()
 
-    def _before(self) -> History | None:
-        """The run that is gone on with."""
+    def _was_finished(self) -> bool:
+        """Whether somebody ended it before these very steps were done: then it stays as it is."""
         try:
-            return read(self.folder.path) if self.folder.begun() else None
+            before = read(self.folder.path)
         except (OSError, ValueError):
-            return None
+            return False
+        return bool(before.ending and before.ending.how == "finished" and before.steps == self.settings.steps)
 
     def _changed(self, what: str) -> None:
         """Raises TrainingError where there is no step left that could learn otherwise."""

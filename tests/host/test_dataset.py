@@ -13,6 +13,7 @@ from PIL import Image
 from harness import small
 from harness.server import WorkflowError
 
+IMAGES = {"folder": "none", "images": [torch.ones(1, 64, 64, 3)]}
 WIDE, TALL, SQUARE = (300, 110), (110, 300), (160, 160)  # pixels
 
 
@@ -69,7 +70,9 @@ def run(ours, place, monkeypatch):
         values |= {"folder": "zorps", "resolution": "128"} | given
         wires = {name: value for name, value in values.items() if value is not None}
         node.hidden = SimpleNamespace(unique_id="1")
-        found = node.execute(**{name: value if name in lists else [value] for name, value in wires.items()})
+        found = node.execute(
+            **{name: value if name in lists or isinstance(value, list) else [value] for name, value in wires.items()}
+        )
         dataset, preview, report = found.result
         return SimpleNamespace(dataset=dataset, preview=preview, report=json.loads(report), text=found.ui["text"][0])
 
@@ -281,13 +284,18 @@ def test_what_cannot_be_used_is_left_out_by_name_and_the_rest_is_learned(run, lo
     noise((40, 300), 5).save(place.zorps / "thin.png")
     Image.new("L", SQUARE, 0).save(place.zorps / "2_mask.png")
     (place.zorps / "film.mp4").write_bytes(b"x")
+    noise(SQUARE, 6).save(place.zorps / "4.png")
+    (place.zorps / "4_mask.png").write_bytes(b"damaged")
+    noise(SQUARE, 6).save(place.zorps / "5.png")
+    noise(WIDE, 6).save(place.zorps / "5_mask.png")
     found = run(vae=loaded.vae, clip=loaded.clip, unmasked_weight=0.0)
     assert [each.name for each in found.dataset.pictures] == ["3.png"]
     reasons = dict(found.report["left_out"])
     assert "truncated" in reasons["0.png"] and "is no picture" in reasons["1.png"]
     assert "smaller than 64×64" in reasons["thin.png"] and "mask leaves nothing" in reasons["2.png"]
+    assert "4_mask.png is no picture" in reasons["4.png"] and "the mask is 300×110" in reasons["5.png"]
     assert "kind that is not read" in reasons["film.mp4"]
-    assert all(name in found.text for name in reasons)
+    assert all(name in found.text for name in reasons) and len(reasons) == 7
     with pytest.raises(Exception, match="None of the pictures") as caught:
         (place.zorps / "3.png").unlink()
         run(vae=loaded.vae, clip=loaded.clip, unmasked_weight=0.0)
@@ -381,6 +389,10 @@ def test_images_over_a_wire_bring_captions_and_masks_or_conditionings(run, loade
             {"folder": "none", "latents": [{"samples": torch.rand(1, 4, 8, 8)}], "captions": ["x"], "mirror": True},
             "mirror",
         ),
+        ({**IMAGES, "conditioning": [[[torch.zeros(1, 1, 1), {}]]], "trigger_word": "qx"}, "change captions"),
+        ({**IMAGES, "conditioning": [[[torch.zeros(1, 1, 1), {}]]], "tag_orders": 2}, "change captions"),
+        ({**IMAGES, "masks": [torch.ones(1, 64, 64)], "mask_from": "off"}, "mask_from is off"),
+        ({**IMAGES, "resolution": ["64", "128"]}, "resolution has 2 values"),
         ({"resolution": "large"}, "is no resolution"),
         ({"resolution": "32"}, "smallest resolution is 32"),
         ({"bucket_step": 20}, "multiple of 8"),
@@ -396,6 +408,16 @@ def test_what_cannot_be_meant_is_refused_with_what_to_do(run, loaded, ours, give
     wires = {"vae": loaded.vae, "clip": loaded.clip}
     with pytest.raises(ours("lora_ops.errors").LoraOpsError, match=words):
         run(**wires | given)
+
+
+def test_the_resolution_that_a_model_was_made_for_is_told_by_its_text_encoder_and_vae(loaded, ours):
+    from comfy.text_encoders.sd2_clip import SD2ClipModel
+
+    native = ours("nodes.host.encoding").native
+    sd2 = SimpleNamespace(cond_stage_model=SD2ClipModel.__new__(SD2ClipModel))
+    sixteen = SimpleNamespace(latent_channels=16)
+    assert native(loaded.real, loaded.vae) == 512 and native(sd2, loaded.vae) == 768
+    assert native(loaded.real, sixteen) == native(None, loaded.vae) == 1024
 
 
 def test_a_full_path_is_taken_below_the_hosts_folders_and_datasets_may_be_elsewhere(

@@ -110,9 +110,11 @@ def test_a_page_that_hears_everything_knows_what_one_that_asks_is_told(run, host
     host.wait(1)
     same(heard(host.events), whole(run))
     go(run, host, 21, 30)  # from the state of step 20, in one sitting
-    run.ended("finished", "kept")
+    run.saved(25, run.folder / "ink-000025.safetensors", False)  # of a sitting that was cancelled before its first step
     same(heard(host.events), whole(run))
-    assert run.summary()["state"] == "finished" and run.summary()["step"] == 30
+    run.ended("cancelled", "kept")
+    same(heard(host.events), whole(run))
+    assert run.summary()["state"] == "cancelled" and run.summary()["step"] == 25
 
 
 def test_pages_hear_of_steps_four_times_a_second_and_of_the_last_one(run, host):
@@ -140,11 +142,11 @@ def test_what_is_asked_for_is_heard_once_and_shown_until_it_is_done(run):
 
 
 def test_after_a_restart_a_run_is_found_and_gone_on_with(run, runs, host):
-    go(run, host, 1, 19)
+    go(run, host, 1, 10)
+    run.sampled(10, [Image.new("RGB", (8, 8))])
+    go(run, host, 11, 19)
     run.saved(20, run.folder / "ink-000020.safetensors", False)  # the engine saves a step before it tells of it
-    go(run, host, 20, 20)
-    run.sampled(20, [Image.new("RGB", (8, 8))])
-    go(run, host, 21, 23)
+    go(run, host, 20, 23)
     before = whole(run)
     runs._runs.clear()  # and what came after the last save is lost
     (found,) = runs.listed()
@@ -154,7 +156,7 @@ def test_after_a_restart_a_run_is_found_and_gone_on_with(run, runs, host):
     go(again, host, 21, 30)
     told = whole(again)
     assert told["points"][:23] == before["points"] and told["resumed"] == [20] and told["steps"] == 120
-    assert [each[0] for each in told["samples"]] == [20]
+    assert [each[0] for each in told["samples"]] == [10]
 
 
 def test_a_long_run_is_thinned_for_the_page_and_whole_on_disk_and_on_the_wire(run, runs, host):

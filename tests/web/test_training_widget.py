@@ -67,7 +67,7 @@ PURE = """
     const news = (what) => ({run: "a", began: 1, at: 6, points: [], saves: [], ...none, ...what});
 """
 SPOKEN = "step 40 · saved · best, loss 0.0250, smoothed 0.0275, validation 0.0250"
-END, ENTER, LEFT, ESCAPE = "\ue010", "\ue007", "\ue012", "\ue00c"
+END, ENTER, LEFT, RIGHT, ESCAPE = "\ue010", "\ue007", "\ue012", "\ue014", "\ue00c"
 ON: list[str] = ["sample", "save", "finish"]
 OFF: list[str] = []
 
@@ -118,12 +118,13 @@ class Tab(Page):
     def press(self, selector: str) -> None:
         self.wait("return document.querySelector(given[0])", f"{PANEL} {selector}").click()
 
-    def keys(self, selector: str, *keys: str) -> None:
-        """Types where the focus is put first."""
+    def focus(self, selector: str) -> None:
+        self.run("document.querySelector(given[0]).focus();", f"{PANEL} {selector}")
+
+    def type(self, key: str) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
 
-        self.run("document.querySelector(given[0]).focus();", selector)
-        ActionChains(self.driver).send_keys(*keys).perform()
+        ActionChains(self.driver).send_keys(key).perform()
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,9 @@ def test_a_run_is_seen_live_in_every_tab_and_does_what_it_is_told(server, tabs, 
     nodes2.reload()
     nodes2.load(workflow)
     nodes2.shows(**seen)
+    nodes2.run(f"document.querySelector('{PANEL}').dataset.gone = true;")
     nodes2.load(workflow)  # under the same id: Nodes 2.0 would go on showing the element of the node that is gone
+    nodes2.wait(f"return document.querySelector('{PANEL}') && !document.querySelector('{PANEL}[data-gone]')")
     nodes2.press("[data-want=sample]")
     for tab in both:
         tab.shows(samples=[20, 40, 45], drawn=6, note="Sampled at step 45", buttons=ON)
@@ -215,13 +218,16 @@ def test_what_a_server_that_is_gone_began_is_shown_gone_on_with_and_finished_ear
         note = "The server ended while it ran. Queue the node again to go on."
         tab.shows(state="Stopped", note=note, step="40/100 steps", points=[40, 40, 2], drawn=2, buttons=OFF)
     for tab in both:  # by keyboard: the values of the last step, and a sample, large, and the one before it
-        tab.keys(f"{PANEL} .curve", END)
+        tab.focus(".curve")
+        tab.type(END)
         tab.wait(f"return document.querySelector('{PANEL} .spoken').textContent === given[0]", SPOKEN)
-        tab.keys(f"{PANEL} .column:last-child button", ENTER)
+        tab.focus(".column:last-child button")
+        tab.type(ENTER)
         assert tab.wait(LARGE) == "Sample: Step 40"
-        tab.keys(f"{SAMPLE} .turn", LEFT)
-        tab.wait(f"return document.querySelector('{SAMPLE} .caption').textContent === 'Step 20'")
-        tab.keys(f"{SAMPLE} .turn:enabled", ESCAPE)
+        for key, step in ((LEFT, 20), (RIGHT, 40)):
+            tab.type(key)
+            tab.wait(f"return document.querySelector('{SAMPLE} .caption').textContent === given[0]", f"Step {step}")
+        tab.type(ESCAPE)
         tab.wait(f"return !document.querySelector('{SAMPLE}') && document.activeElement.closest('.column')")
     saved = nodes2.run("return {workflow: app.graph.serialize(), prompt: (await app.graphToPrompt()).output};")
     assert saved["workflow"]["nodes"][0]["widgets_values"] == ["gone", 100]
