@@ -36,12 +36,8 @@ def is_map(module: nn.Module) -> bool:
 
 def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf) -> Tensor:
     """forward(x), where forward is the module's own; its gradient is that of the module's map alone."""
-    if not torch.is_grad_enabled():
+    if not (x.requires_grad and torch.is_grad_enabled()):
         return forward(x)
-    if not x.requires_grad:
-        with torch.no_grad():  # older hosts leave weights that ask for gradients themselves
-            y = forward(x)
-        return y.clone() if y._is_view() else y  # a view from there is not to be added to in place
     found = _Frozen.apply(x, module, forward, weight_of)
     assert isinstance(found, Tensor)
     return found

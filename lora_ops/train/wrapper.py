@@ -60,8 +60,7 @@ class Wrapper:
             each = Trained(place, adapter, (taken_off or {}).get(place))
             there.setdefault(place.target.key, []).append(each)
         self.trained = tuple(each for found in there.values() for each in found)
-        # What is looked up in a table is a tensor of its own; the table is the largest weight of a text encoder.
-        self._others = [m for m in modules.values() if not is_map(m) and not isinstance(m, nn.Embedding)]
+        self._modules = tuple(modules.values())
         self._hooks = [
             Hook(self, module, name, there.pop(f"{name}.weight", ()), weight_of)
             for name, module in modules.items()
@@ -84,9 +83,11 @@ class Wrapper:
         try:
             for hook in self._hooks:
                 hook.install()
-            for module in self._others:
-                self._put_aside(module._parameters)
-                self._put_aside(module._buffers)
+            for module in self._modules:
+                # A map keeps no weight, and what is looked up in a table is a tensor of its own.
+                copied = not (is_map(module) or isinstance(module, nn.Embedding))
+                self._put_aside(module._parameters, copied)
+                self._put_aside(module._buffers, copied)
         except BaseException:
             self.remove()
             raise
@@ -98,13 +99,15 @@ class Wrapper:
             owner[name] = original
         self._aside.clear()
 
-    def _put_aside(self, owner: dict[str, Any]) -> None:
+    def _put_aside(self, owner: dict[str, Any], copied: bool) -> None:
+        """What autograd does not take, and what asks for gradients of its own, as older hosts leave weights."""
         for name, tensor in owner.items():
-            if tensor is not None and tensor.is_inference():
-                self._aside.append((owner, name, tensor))
-                with torch.inference_mode(False):
-                    copy = tensor.clone()
-                    owner[name] = nn.Parameter(copy, requires_grad=False) if isinstance(tensor, nn.Parameter) else copy
+            if tensor is None or not (tensor.requires_grad or (tensor.is_inference() and copied)):
+                continue
+            self._aside.append((owner, name, tensor))
+            with torch.inference_mode(False):
+                held = tensor.detach().clone() if tensor.is_inference() and copied else tensor.detach()
+                owner[name] = nn.Parameter(held, requires_grad=False) if isinstance(tensor, nn.Parameter) else held
 
     @contextmanager
     def base_only(self) -> Iterator[None]:

@@ -324,3 +324,20 @@ def test_under_autocast_a_frozen_map_is_what_the_module_is_and_casts_its_weight_
     assert torch.equal(ours, plain) and ours.dtype == torch.bfloat16
     assert (gradient - wanted).norm() < 0.01 * wanted.norm()
     assert (forward, len(asked)) == ((2, 2) if stored == torch.float32 else (0, 2))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_weights_that_ask_for_gradients_get_none(inference):
+    """As some hosts leave them: of maps, norms and tables, made in inference mode or not."""
+    with torch.inference_mode(inference):
+        model = nn.Sequential(nn.Embedding(7, 16), nn.LayerNorm(16), nn.Linear(16, 16), nn.LayerNorm(16))
+    before = dict(model.named_parameters())
+    assert all(parameter.requires_grad for parameter in before.values())
+    there = place(model, "2")
+    wrapper = Wrapper(modules(model), {there: start("lora", (16, 16), 4, 4.0, generator(0), rand)})
+    wrapper.install()
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    wrapper.remove()
+    assert wrapper.parameters()["2.up"].grad is not None
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in before.values())
