@@ -246,8 +246,8 @@ def targets(study: Study) -> Claim:
         sheet.append(zorps)
     few, every = found["queries and keys"], found["all weights"]
     return Claim(
-        "Which weights train decides what is learned: queries and keys alone steer where the model looks, and leave "
-        "the composition with the base; what it can paint is in values, outputs and MLPs.",
+        "Which weights train decides what is learned: queries and keys alone steer where the model looks, and bring it "
+        "nothing that it could not paint.",
         f"Queries and keys alone: {few.zorps:.0%} zorps, places {few.places:.0%}, grounds {few.grounds:.0%}, other "
         f"captions {few.others:.0%}; all weights: {every.zorps:.0%}, {every.places:.0%}, {every.grounds:.0%}, "
         f"{every.others:.0%}.",
