@@ -53,5 +53,5 @@ def _hash(dataset: Dataset) -> str:
         found.update(repr((picture.captions, picture.repeats, picture.weight)).encode())
         for tensor in (*picture.latents, *picture.masks):
             found.update(repr((tensor.shape, tensor.dtype)).encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
