@@ -37,20 +37,32 @@ def recipe(server, tmp_path):
     return path
 
 
+def hears_ctrl_c():
+    """What a shell starts in the background does not, nor what that starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a test there cannot send a Ctrl+C to another process")
 def test_a_recipe_trains_without_a_page_until_ctrl_c_which_keeps_what_was_learned(comfy_path, server, recipe, tmp_path):
     command = [sys.executable, "-m", "harness.headless", "--comfy", str(comfy_path), str(recipe), "steps=100000"]
+    folder = server.base / "output" / "lora_ops" / "headless"
     with (tmp_path / "said").open("wb") as said:
         running = subprocess.Popen(
-            [*command, "--base-directory", str(server.base)], cwd=PACK, stdout=said, stderr=subprocess.STDOUT
+            [*command, "--base-directory", str(server.base)],
+            cwd=PACK,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            preexec_fn=hears_ctrl_c,
         )
-        folder = server.base / "output" / "lora_ops" / "headless"
+    try:
         deadline = time.monotonic() + PATIENCE
         while b"loss" not in (tmp_path / "said").read_bytes():
             assert running.poll() is None and time.monotonic() < deadline, (tmp_path / "said").read_text()
             time.sleep(0.1)
         os.kill(running.pid, signal.SIGINT)
         status = running.wait(PATIENCE)
+    finally:
+        running.kill()  # and its server goes with it
     told = (tmp_path / "said").read_text()
     assert status == 1 and "what was learned so far is kept" in told and "interrupted" in told, told
     assert (folder / "state.safetensors").exists() and len(list(folder.glob("headless-0*.safetensors"))) == 1
