@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,8 +31,12 @@ class Verified:
 
     def joined(self, other: Verified) -> Verified:
         worst = max(self, other, key=lambda each: each.ulps)
-        counts = (getattr(self, name) + getattr(other, name) for name in ("weights", "equal", "loaded"))
-        return Verified(*counts, worst.worst, worst.ulps, worst.relative)
+        return replace(
+            worst,
+            weights=self.weights + other.weights,
+            equal=self.equal + other.equal,
+            loaded=self.loaded + other.loaded,
+        )
 
     @property
     def text(self) -> str:
