@@ -95,6 +95,9 @@ def model(family: str, dtype: torch.dtype = torch.float32, *, smaller: bool = Tr
         for weight in inner.diffusion_model.parameters():
             fan_in = max(1, weight.shape[1:].numel())
             weight.requires_grad_(False).copy_(torch.randn(weight.shape, generator=generator) / fan_in**0.5)
+        for name, buffer in inner.diffusion_model.named_buffers():
+            if name == "pos_embed":  # which only a file fills
+                buffer.zero_()
     device = comfy.model_management.get_torch_device()
     return comfy.model_patcher.ModelPatcher(inner, device, CPU)
 

@@ -255,8 +255,6 @@ def course(parts, family, data=None, **settings):
         data = data or dataset(parts, shape, width, pooled, pictures=1)
         settings = parts.settings.Settings(**{"sample_every": 0, "rank": 4, "alpha": 4.0} | settings)
         model = inside.model(family)
-        for name, buffer in model.model.diffusion_model.named_buffers():
-            buffer.copy_(torch.zeros_like(buffer)) if name == "pos_embed" else None  # else it is uninitialised
         return parts.course.Course(settings, parts.course.Wires(model, data))
 
 

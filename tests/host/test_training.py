@@ -58,8 +58,6 @@ class Session:
         self.train = train
         with torch.inference_mode():
             self.patcher = inside.model(family) if patcher is None else patcher
-            for name, buffer in self.patcher.model.diffusion_model.named_buffers():
-                buffer.copy_(torch.zeros_like(buffer)) if name == "pos_embed" else None  # else it is uninitialised
             self.model = train.host.Model(self.patcher)
             self.plan = train.plan.Plan(**{"steps": 8, "descent": train.optimizers.Descent(rate=3e-2)} | plan)
             self.item = self.model.item(noise(*CASES[family][2], seed=3), conditioning(family))
