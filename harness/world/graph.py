@@ -33,14 +33,16 @@ class Outcome(NamedTuple):
 def train(
     comfy: Path, learned: Sequence[Scene], others: Sequence[Scene], asked: Sequence[Scene], **settings: Any
 ) -> Outcome:
-    """Learn from a folder of scenes, with another as regularisation; settings are Train LoRA's inputs.
+    """Learn from a folder of scenes, with another as regularisation if there is one; settings are Train LoRA's inputs.
 
     Raises ServerError or WorkflowError.
     """
     with Server(comfy, models=host.models(comfy)) as server:
         for name, scenes in {"learned": learned, "others": others}.items():
             pictures.write_folder(server.base / "input" / name, scenes)
-        prompt = _training(server, settings) | _samples("trained", ["train", 1], ["clip", 0], asked)
+        prompt = _training(server, "others" if others else "none", settings) | _samples(
+            "trained", ["train", 1], ["clip", 0], asked
+        )
         entry = server.post(prompt, timeout=3600)
         report = json.loads(entry["outputs"]["train"]["lora_ops"][0])
         (saved,) = (server.base / "models" / "loras").glob("*.safetensors")
@@ -64,10 +66,10 @@ def _loaders() -> Prompt:
     }
 
 
-def _training(server: Server, settings: Mapping[str, Any]) -> Prompt:
+def _training(server: Server, regularisation: str, settings: Mapping[str, Any]) -> Prompt:
     wires = {"clip": ["clip", 0], "vae": ["vae", 0]}
     info = server.object_info()
-    data = defaults("LoraOpsDataset", info) | wires | {"folder": "learned", "regularisation": "others"}
+    data = defaults("LoraOpsDataset", info) | wires | {"folder": "learned", "regularisation": regularisation}
     data |= {"resolution": str(SIDE), "bucket_step": 32}
     training = defaults("LoraOpsTrain", info) | wires | {"model": ["model", 0], "dataset": ["data", 0], **settings}
     saved = defaults("LoraOpsSaveLora", info) | {"filename_prefix": "zorp", "destination": "models"}
