@@ -12,22 +12,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from harness.server import WorkflowError
+from harness.workflow import defaults
 
-CHOICES = {
-    "targets": "attention",
-    "adapter": "lora",
-    "adapter.initial": "gaussian",
-    "optimizer": "adamw",
-    "optimizer.weight_decay": 0.01,
-    "optimizer.lora_plus": 1.0,
-    "schedule": "constant",
-    "schedule.warmup": 0,
-    "objective": "auto",
-    "loss": "mse",
-    "timesteps": "auto",
-    "text_encoder": "off",
-    "resume": "auto",
-}
 NUMBERS = {"steps": 4, "batch": 1, "accumulation": 1, "learning_rate": 0.01, "rank": 4, "alpha": 4.0, "seed": 0}
 SAMPLES = {"sample_prompts": "a red square --n blue", "sample_every": 2, "sample_steps": 2, "save_every": 2}
 
@@ -46,14 +32,12 @@ def folder(server):
 @pytest.fixture
 def prompt(server, folder):
     """Loader, data set and training, and what becomes of its outputs."""
-    info = server.object_info()["LoraOpsDataset"]["input"]
-    dataset = {
-        name: spec[1]["default"] for name, spec in (info["required"] | info["optional"]).items() if "default" in spec[1]
-    }
+    info = server.object_info()
+    dataset = defaults("LoraOpsDataset", info)
     dataset |= {"folder": folder, "resolution": "64", "vae": ["base", 2], "clip": ["base", 1]}
     wires = {"model": ["base", 0], "dataset": ["data", 0], "clip": ["base", 1], "vae": ["base", 2]}
     checkpoint = {"ckpt_name": "v1-5-pruned-emaonly-fp16.safetensors"}
-    train = {**wires, "preset": "auto", "name": "squares", **CHOICES, **NUMBERS, **SAMPLES}
+    train = {**defaults("LoraOpsTrain", info), **wires, "name": "squares", **NUMBERS, **SAMPLES}
     loss_plot = {"loss_map": ["train", 2], "width": 400, "height": 300, "log_scale": False}
     saved = {"lora": ["train", 0], "filename_prefix": "loras/squares", "layout": "kohya", "dtype": "keep"}
     saved |= {"trigger_words": "", "destination": "output", "if_exists": "number", "model": ["base", 0]}
