@@ -20,11 +20,12 @@ from torch import Tensor
 from ...lora_ops.errors import TrainingError, shown
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
+from ...lora_ops.train.blocks import OutOfPlace, checkpointed
 from ...lora_ops.train.data import Item, widest
 from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
-from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, estimate, out_of_memory, probe
+from ...lora_ops.train.memory import Estimate, Probe, estimate, out_of_memory, probe
 from ...lora_ops.train.places import Place
 from ...lora_ops.train.plan import Beginning, Plan
 from ...lora_ops.train.timesteps import Timesteps, recommended
@@ -113,7 +114,7 @@ class Model(Part):
                 for part, wrapper in zip(self._parts, wrappers, strict=True):
                     part.put(wrapper)
                 self._enter()
-                with checkpointed(self.network) if checkpointing else nullcontext():
+                with checkpointed(self.network, lambda: self._out_of_place) if checkpointing else nullcontext():
                     with torch.autocast(device, autocast) if autocast else nullcontext():
                         found = self._examined(batch, checkpointing)
                     yield found
