@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -60,15 +60,22 @@ def checkpointed(model: nn.Module, out_of_place: Callable[[], bool] = lambda: Tr
     computed again, which autograd does not notice and a probe does.
     """
     there = blocks(model)
-    before = [block.__dict__.get("forward") for block in there]
-    for block in there:
-        block.forward = _again(block.forward, out_of_place)
-    try:
+    with replaced(there, lambda block: _again(block.forward, out_of_place)):
         yield len(there)
+
+
+@contextmanager
+def replaced(there: Sequence[nn.Module], forward_of: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """While inside, blocks run another forward than theirs."""
+    before = [block.__dict__.get("forward") for block in there]
+    try:
+        for block in there:
+            block.forward = forward_of(block)
+        yield
     finally:
         for block, forward in zip(there, before, strict=True):
             if forward is None:
-                del block.forward
+                block.__dict__.pop("forward", None)
             else:
                 block.forward = forward
 

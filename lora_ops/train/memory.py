@@ -141,8 +141,10 @@ class Estimate(NamedTuple):
     def total(self) -> int:
         return self.activations + self.parameters
 
-    def advice(self, *, checkpointing: bool, batch: int) -> str:
-        """The setting that frees most."""
+    def advice(self, *, checkpointing: bool, batch: int, offloadable: int = 0) -> str:
+        """The setting that frees most. offloadable are the bytes of weights on the device that offload would free."""
+        if offloadable > max(self.activations, self.parameters):
+            return "Turn on offload: it keeps the model's weights in main memory, which frees most."
         if self.activations >= self.parameters:
             if not checkpointing:
                 return "Turn on checkpointing: it frees most of what is kept for the backward pass."

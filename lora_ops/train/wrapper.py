@@ -52,10 +52,12 @@ class Wrapper:
         taken_off: Mapping[Place, Adapter] | None = None,
         dropout: float = 0.0,
         weight_of: WeightOf = stored_weight,
+        keeps_cast: bool = True,
     ) -> None:
         self.draw: Draw | None = None  # None: nothing is dropped
         self.active = True
         self.dropout = dropout
+        self.keeps_cast = keeps_cast  # whether maps keep the weights that autocast makes of theirs
         there: dict[str, list[Trained]] = {}
         for place, adapter in adapters.items():
             each = Trained(place, adapter, (taken_off or {}).get(place))
@@ -224,7 +226,8 @@ class Hook:
         self._turns = [turn for turn in reversed(self._turns) if not turn.end()][::-1]
 
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
-        own = cache(lambda: frozen(self.module, forward, x, self._weight_of))
+        keeps = self._wrapper.keeps_cast
+        own = cache(lambda: frozen(self.module, forward, x, self._weight_of, keeps_cast=keeps))
         if not (self._trained and self._wrapper.active):
             return own()
         # The map itself comes last: where a block is computed again, that stops before its last map.
