@@ -21,6 +21,7 @@ from ...lora_ops.errors import TrainingError, shown
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.blocks import OutOfPlace, checkpointed
+from ...lora_ops.train.compiling import compiled, failure
 from ...lora_ops.train.data import Item, widest
 from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.initial import of_inputs
@@ -111,10 +112,11 @@ class Model(Part):
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
         offload: Offload | None = None,
+        compiler: str = "",
     ) -> Iterator[Probe]:
         """While inside, the model is loaded with its wrapper in it, and the text encoder with its own, and they answer
         with gradients; yields what a batch like this one keeps for them under autocast. offload brings the weights of
-        the model's blocks.
+        the model's blocks; compiler is torch.compile's backend for them, if they are to be compiled.
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
@@ -127,7 +129,8 @@ class Model(Part):
                     part.put(wrapper)
                 self._enter()
                 again = checkpointed(self.network, lambda: self._out_of_place) if checkpointing else nullcontext()
-                with offloaded(offload) if offload else nullcontext(), again:
+                fast = compiled(self.network, compiler) if compiler else nullcontext()
+                with fast, offloaded(offload) if offload else nullcontext(), again:
                     with torch.autocast(device, autocast) if autocast else nullcontext():
                         found = self._examined(batch, checkpointing)
                     yield found
@@ -343,6 +346,7 @@ class Model(Part):
         path: Path | None = None,
         checkpointing: bool = False,
         offload: bool = False,
+        compiler: str = "",
         foreseen: Callable[[Estimate, int], None] = lambda needed, free: None,
         stepped: Callable[[Progress, Session], None] = lambda done, session: None,
         stopped: Callable[[Session], None] = lambda session: None,
@@ -384,6 +388,7 @@ class Model(Part):
         needed: Estimate | None = None
         try:
             more = {"checkpointing": checkpointing, "autocast": plan.autocast, "offload": brought}
+            more |= {"compiler": compiler}
             with self.running(wrappers, widest(items, plan.batch), **more) as found:
                 needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
@@ -403,6 +408,8 @@ class Model(Part):
         except BaseException as error:
             if run.step and run.whole:
                 stopped(session)
+            if compiler and (told := failure(error)):
+                raise told from error
             if not out_of_memory(error):
                 raise
             free = 0 if offload else offloadable(self.patcher)
