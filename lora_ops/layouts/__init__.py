@@ -126,9 +126,7 @@ def laid_out(
     Raises TargetError or AdapterError, naming file and module, if anything of the LoRA would be left out or overflow.
     """
     try:
-        written = tuple(
-            _rounded(module, dtype) for module in modules(lora, layout, family, shapes or family.published())
-        )
+        written = tuple(_rounded(module, dtype) for module in modules(lora, layout, family, shapes or None))
     except LoraOpsError as error:
         error.file = lora.name
         raise

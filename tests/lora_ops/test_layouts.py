@@ -84,13 +84,23 @@ def published(name: str) -> TargetMap:
 
 
 @cache
+def spoken(family: str) -> dict[str, list[tuple[str, Target]]]:
+    """Each dialect's names for the matrices of the published model."""
+    found: dict[str, list[tuple[str, Target]]] = {}
+    for name, (target, dialect) in published(family).names.items():
+        if len(target.shape) > 1:
+            found.setdefault(dialect, []).append((name, target))
+    return found
+
+
+@cache
 def matrices(family: str, dialect: str) -> tuple[tuple[str, Target], ...]:
     """A dialect's names for all the matrices of the published model; none means rows that another one means."""
     found: list[tuple[str, Target]] = []
     taken: dict[str, list[Band]] = {}
-    for name, (target, spoken) in published(family).names.items():
+    for name, target in spoken(family)[dialect]:
         bands = taken.setdefault(target.key, [])
-        if spoken == dialect and len(target.shape) > 1 and not any(overlap(target.rows, band).length for band in bands):
+        if not any(overlap(target.rows, band).length for band in bands):
             bands.append(target.rows)
             found.append((name, target))
     return tuple(found)
