@@ -12,7 +12,7 @@ from ..families import Family, Shapes
 from ..landing import Landing, Piece, land
 from ..lora import BIAS, Band, Lora, Target, TargetMap
 from ..stack import PARTS, Entry
-from .base import Factors, Layout, Module
+from .base import RANKED, Factors, Layout, Module
 from .factors import alpha_of, factors, overlap
 
 PEFT_PREFIX = "base_model.model."  # PEFT looks for these names only
@@ -69,6 +69,8 @@ def _in_words(found: Factors, pieces: Sequence[Piece], layout: Layout) -> Factor
             inputs = [1] * (magnitude.ndim - 2)
             tensors["magnitude"] = tensors.pop("dora_scale").reshape(*([1, -1, *inputs] if inputs else [-1]))
             alpha = alpha_of(pieces[0].adapter.scale, found.rank)
+    if layout.alpha_needed and alpha is None and any(name in tensors for name in RANKED):
+        alpha = float(found.rank)
     if tensors.keys() - layout.words or (alpha is None and not layout.alpha):
         names = ", ".join(sorted({piece.adapter.ALGEBRA for piece in pieces}))
         raise AdapterError(f"is {names} ({', '.join(tensors)}), which the layout '{layout.name}' cannot hold.")
