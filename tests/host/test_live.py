@@ -360,6 +360,16 @@ def test_on_an_fp8_base_auto_is_live_and_exact_where_baking_is_not(pack, ours, s
     auto.detach()
 
 
+def test_on_a_bf16_base_auto_is_patch_and_every_mode_runs(pack, samples, apply):
+    model = inside.model("sd15", torch.bfloat16)
+    tensors = samples(model, 0, seed=1)
+    plain = inside.run(model)
+    auto, patch, live = (inside.run(apply(model, (tensors, 4.0), mode=mode)) for mode in ("auto", "patch", "live"))
+    assert torch.equal(auto, patch) and not torch.equal(patch, live)
+    # each rounds the same change another way
+    assert (patch - live).norm() < 0.3 * (patch - plain).norm()
+
+
 def test_on_a_float_base_auto_is_patch(models, samples, apply):
     auto = apply(models["sd15"], (samples(models["sd15"]), 1.0), mode="auto")
     assert auto.patches and auto.get_attachment("lora_ops_live") is None

@@ -113,3 +113,13 @@ def test_recipes_differ_by_what_is_learned_and_not_by_what_nodes_are_called():
     assert differences(one, recipe(("7", "9"), steps=8, sample_every=3)) == []
     assert differences(one, recipe(("1", "2"), file="b", rank=8)) == ["model", "rank"]
     assert differences(one, one | {"pictures": "y"}) == ["pictures"]
+
+
+def test_whether_a_data_set_is_kept_on_disk_makes_no_difference_to_a_run():
+    def recipe(**inputs):
+        data = {"class_type": "LoraOpsDataset", "inputs": {"folder": "ink", "mirror": False, **inputs}}
+        train = {"class_type": "LoraOpsTrain", "inputs": {"dataset": ["1", 0]}}
+        return {"prompt": {"1": data, "2": train}, "node": "2", "pictures": "x"}
+
+    assert differences(recipe(cache=True), recipe(cache=False)) == differences(recipe(), recipe(cache=True)) == []
+    assert differences(recipe(cache=True), recipe(cache=True, mirror=True)) == ["dataset"]
