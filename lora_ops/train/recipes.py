@@ -14,6 +14,7 @@ from .dataset import Dataset
 VERSION = 1
 # Inputs of the node that trains which change nothing of what is learned in a step.
 HARMLESS = ("name", "steps", "vae", "sample_", "save_every", "validate_every", "resume", "dry_run")
+ADDED = {"preservation": '"off"'}  # inputs that older recipes do not have, and what these were made with
 
 
 def recipe(prompt: Mapping[str, Any], node: str, dataset: Dataset) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def _inputs(recipe: Mapping[str, Any]) -> dict[str, str]:
             known[name] = hashlib.sha256(text.encode()).hexdigest()
         return f"{known[name]}/{output}"
 
-    return {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
+    return ADDED | {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
 
 
 def _hash(dataset: Dataset) -> str:

@@ -76,6 +76,7 @@ class Settings:
     masked: bool = True
     validate_every: int = 50
     dry_run: bool = False
+    preservation: Mapping[str, Any] = _choice("off")
 
     @property
     def trains_text(self) -> bool:

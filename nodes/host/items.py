@@ -45,11 +45,12 @@ class Items:
         """What to learn from and what is only looked at. Raises TrainingError like item, naming the picture."""
         empty = None if dataset.empty is None else self._described(dataset.empty, "", guidance)
 
-        def item(picture: Picture, dropout: float) -> Item:
+        def item(picture: Picture, dropout: float, latents: tuple[Tensor, ...] = ()) -> Item:
+            latents = latents or tuple(map(self._scaled, picture.latents))
             captions = picture.captions or [None] * len(picture.conditions)
             try:
                 return Item(
-                    tuple(map(self._scaled, picture.latents)),
+                    latents,
                     tuple(
                         self._described(condition, caption, guidance)
                         for condition, caption in zip(picture.conditions, captions, strict=True)
@@ -59,6 +60,8 @@ class Items:
                     dropout,
                     picture.repeats,
                     picture.weight,
+                    picture.of_base,
+                    picture.beside and item(picture.beside, 0.0, latents),
                 )
             except TrainingError as error:
                 error.file = picture.name

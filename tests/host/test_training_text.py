@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness import inside
+from harness import inside, texts
 
 CAPTIONS = ("a (red:1.3) fox", "a blue house by the sea")
 LATENT = (4, 8, 8)
@@ -33,32 +33,7 @@ def noise(*shape, seed=0):
 def pair(request, pack):
     """A MODEL and a CLIP of few layers and the family's own widths, in inference mode as the host's loaders make
     them."""
-    import comfy.sd
-    import comfy.sd1_clip
-    import comfy.sdxl_clip
-    import comfy.text_encoders.flux
-
-    classes = {
-        "sd15": (comfy.sd1_clip.SD1ClipModel, comfy.sd1_clip.SD1Tokenizer),
-        "sdxl": (comfy.sdxl_clip.SDXLClipModel, comfy.sdxl_clip.SDXLTokenizer),
-        "flux": (comfy.text_encoders.flux.FluxClipModel, comfy.text_encoders.flux.FluxTokenizer),
-    }
-
-    class Target:
-        params = {}  # noqa: RUF012
-        clip, tokenizer = classes[request.param]
-
-    few = {"num_hidden_layers": 3, "intermediate_size": 64}
-    t5 = {"num_layers": 1, "d_model": 64, "d_ff": 64, "d_kv": 8, "num_heads": 8}  # as wide as the small FLUX's text
-    with torch.inference_mode():
-        configs = {"clip_l_model_config": few, "clip_g_model_config": few, "t5xxl_model_config": t5}
-        options = configs | {"dtype": torch.float32}
-        clip = comfy.sd.CLIP(Target, model_options=options)
-        for number, (name, weight) in enumerate(clip.cond_stage_model.named_parameters()):
-            if weight.ndim:
-                scale = 1.0 if "embedding" in name else max(1, weight.shape[1:].numel()) ** -0.5
-                weight.copy_(noise(*weight.shape, seed=number) * scale + (weight.ndim == 1))
-    return inside.model(request.param), clip
+    return inside.model(request.param), texts.clip(request.param)
 
 
 def plan_of(train, **more):

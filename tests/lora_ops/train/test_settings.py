@@ -113,3 +113,5 @@ def test_recipes_differ_by_what_is_learned_and_not_by_what_nodes_are_called():
     assert differences(one, recipe(("7", "9"), steps=8, sample_every=3)) == []
     assert differences(one, recipe(("1", "2"), file="b", rank=8)) == ["model", "rank"]
     assert differences(one, one | {"pictures": "y"}) == ["pictures"]
+    assert differences(one, recipe(("1", "2"), preservation="off")) == []  # an older version's is off, too
+    assert differences(one, recipe(("1", "2"), preservation="class word")) == ["preservation"]
