@@ -133,15 +133,9 @@ def _basic() -> list[io.Input]:
         ),
         _choice(
             "text_encoder",
-            {
-                "off": [],
-                "on": [
-                    _nested_float(
-                        "learning_rate", 0.000005, 0.0, 10.0, 0.000001, "Its own; usually far below the model's."
-                    )
-                ],
-            },
-            "on: CLIP learns too, with the dataset's captions. Connect clip.",
+            {"off": [], "on": [_text_rate()], "with t5": [_text_rate()]},
+            "on: CLIP learns too, with the dataset's captions. with t5: and T5 (SD3, FLUX.1, Chroma), which is large. "
+            "Connect clip.",
         ),
         io.String.Input(
             "sample_prompts",
@@ -375,6 +369,10 @@ def _choice(
         tooltip=tooltip,
         extra_dict={"advanced": True} if advanced else None,
     )
+
+
+def _text_rate() -> io.Input:
+    return _nested_float("learning_rate", 0.000005, 0.0, 10.0, 0.000001, "Its own; usually far below the model's.")
 
 
 def _initial() -> list[io.Input]:

@@ -17,10 +17,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from ...lora_ops.errors import TrainingError, shown
+from ...lora_ops.errors import TrainingError
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.data import Item, widest
+from ...lora_ops.train.encoders import require_known
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
 from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, estimate, out_of_memory, probe
@@ -34,7 +35,6 @@ from .wrapping import Part, Text, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
-TEXT_ENCODERS = ("sd15", "sdxl", "flux")  # families whose text encoders train
 SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
 
 
@@ -44,7 +44,7 @@ class Model(Part):
 
     Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
     TrainingError for what runs live and looks at its weight: the gradient of that is not known here; and for a text
-    encoder that nobody has seen to train here.
+    encoder that does not train.
     """
 
     def __init__(self, model: Any, clip: Any = None) -> None:
@@ -59,9 +59,8 @@ class Model(Part):
         self._out_of_place = self._copying = False
         self._memory = 0  # that the host keeps free while it is loaded
         self._training = False  # what the host's flag was before
-        if self.text is not None and (family := self.targets().family) not in TEXT_ENCODERS:
-            what = f"The text encoder of {shown(family)} is none that this version trains."
-            raise TrainingError(what, remedy="Train the model alone.")
+        if self.text is not None:
+            require_known(self.targets().family)
 
     @property
     def _parts(self) -> list[Part]:
