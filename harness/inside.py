@@ -25,7 +25,14 @@ SMALLER = {
         "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
         "transformer_depth_middle": 3,
     },
+    "sd2": {"model_channels": 64},
     "flux": _FLUX,
+    "sd3": {
+        "depth": 2,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}},
+        "num_patches": 64,
+        "pos_embed_max_size": 8,
+    },
     "sd35_medium": {
         "depth": 2,
         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},

@@ -15,6 +15,7 @@ VERSION = 1
 # Inputs of the node that trains which change nothing of what is learned in a step; and those of the nodes before it.
 HARMLESS = ("name", "steps", "vae", "sample_", "save_every", "validate_every", "resume", "dry_run")
 HARMLESS_BEFORE = {"LoraOpsDataset": ("cache",)}
+ADDED = {"preservation": '"off"'}  # inputs that older recipes do not have, and what these were made with
 
 
 def recipe(prompt: Mapping[str, Any], node: str, dataset: Dataset) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _inputs(recipe: Mapping[str, Any]) -> dict[str, str]:
             known[name] = hashlib.sha256(text.encode()).hexdigest()
         return f"{known[name]}/{output}"
 
-    return {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
+    return ADDED | {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
 
 
 def _hash(dataset: Dataset) -> str:
