@@ -21,6 +21,15 @@ class Guise(NamedTuple):
     mask: Tensor | None
 
 
+class Guises(tuple[Any, ...]):
+    """A condition that is another one with each latent of an item: it shows something that is mirrored with it."""
+
+
+def of_guise(condition: Any, latent: int) -> Any:
+    """A condition as it goes with the latent of this number."""
+    return condition[latent] if isinstance(condition, Guises) else condition
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """A picture: latents as the model takes them, scaled (channels, …), of which one comes each time (the picture or
@@ -46,6 +55,8 @@ class Item:
             raise TrainingError("A picture has a latent and a condition at least, and comes once at least.")
         if len({latent.shape for latent in self.latents}) != 1:
             raise TrainingError("The latents of one picture are of different shapes.")
+        if any(isinstance(each, Guises) and len(each) != len(self.latents) for each in (*self.conditions, self.empty)):
+            raise TrainingError(f"A picture of {len(self.latents)} latents has a condition in other guises.")
         if self.masks and len(self.masks) != len(self.latents):
             raise TrainingError(f"A picture has {len(self.masks)} masks for {len(self.latents)} latents.")
         if not all(bool((mask > 0).any()) for mask in self.masks):
@@ -60,11 +71,12 @@ class Item:
     def guise(self, draws: Generator | None = None) -> Guise:
         """The one that a generator draws; without one the first, as held-out pictures come."""
         if draws is None:
-            return Guise(self.latents[0], self.conditions[0], self.masks[0] if self.masks else None)
+            return Guise(self.latents[0], of_guise(self.conditions[0], 0), self.masks[0] if self.masks else None)
         latent, condition = (int(torch.randint(len(of), (), generator=draws)) for of in (self.latents, self.conditions))
         dropped = float(torch.rand((), generator=draws, dtype=torch.float64)) < self.dropout
         mask = self.masks[latent] if self.masks else None
-        return Guise(self.latents[latent], self.empty if dropped else self.conditions[condition], mask)
+        told = self.empty if dropped else self.conditions[condition]
+        return Guise(self.latents[latent], of_guise(told, latent), mask)
 
 
 def widest(items: Sequence[Item], batch: int) -> list[Item]:

@@ -19,7 +19,7 @@ from ...lora_ops.train.presets import choose
 from ...lora_ops.train.randomness import generator
 from ...lora_ops.train.settings import Settings
 from .previews import Previews, prepared
-from .trainable import require_trainable
+from .trainable import paired, require_trainable
 from .training import Finish, Model, Session
 
 REHEARSED = 3  # steps of a dry run: the first one is slow
@@ -56,7 +56,7 @@ class Course:
         dataset = wires.dataset if settings.masked else _without_masks(wires.dataset)
         self.items, self.held_out = self.model.items(dataset, settings.guidance or self.chosen.guidance)
         self._require_possible()
-        self.previews = self._previews(dataset)
+        self.previews = self._previews(paired(wires.model.model, dataset))
 
     def _require_possible(self) -> None:
         """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take."""
