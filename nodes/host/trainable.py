@@ -64,7 +64,7 @@ def require_trainable(model: Any, dataset: Dataset) -> None:
             what = f"The model is {NOT_TRAINED[each.__name__]}: this version does not train it."
             raise TrainingError(what, remedy="Train the family's text-to-image model.", model=kind.__name__)
     way, beside = _edits(model.model, dataset.pictures[0].latents[0][None])
-    if beside and way != BESIDE and kind.__name__ not in ALWAYS:
+    if beside and way != BESIDE:
         what = "The model takes a picture beside the noise (inpainting or image-to-video): not trained yet."
         raise TrainingError(what, remedy="Train the family's text-to-image model.", model=kind.__name__)
     for picture in (*dataset.pictures, *dataset.held_out):
@@ -139,8 +139,8 @@ def _with(condition: Sequence[Any], way: str, controls: Sequence[Tensor]) -> lis
 def _edits(model: Any, latent: Tensor) -> tuple[str | None, bool]:
     """Where a model looks for control pictures, None for one that takes none; and whether it takes a picture beside the
     noise, of an edit or for another end."""
-    given = {"noise": latent, "latent_image": latent, "device": torch.device("cpu")}
-    beside, way = model.concat_cond(**given), EDITS.get(type(model).__name__)
+    kind, given = type(model).__name__, {"noise": latent, "latent_image": latent, "device": torch.device("cpu")}
+    beside, way = None if kind in ALWAYS else model.concat_cond(**given), EDITS.get(kind)
     if beside is not None and way == REFERENCES:  # FLUX.1's variants: with a picture alone, or with a mask
         way = BESIDE if beside.shape[1] == latent.shape[1] else None
     return way, beside is not None
