@@ -154,12 +154,18 @@ class Thumb(NamedTuple):
     caption: str
 
 
-def thumb(picture: Tensor, mask: Tensor | None, caption: str) -> Thumb:
-    """A small one of a cut picture (1, height, width, 3), what its mask (…, h, w) leaves out dimmed."""
+def thumb(picture: Tensor, mask: Tensor | None, caption: str, before: Sequence[Tensor] = ()) -> Thumb:
+    """A small one of a cut picture (1, height, width, 3), what its mask (…, h, w) leaves out dimmed; to its left those
+    that it is made of."""
     height, width = picture.shape[1:3]
     if mask is not None:
         whole = torch.nn.functional.interpolate(mask.reshape(1, 1, *mask.shape[-2:]), (height, width))
         picture = picture * (DIMMED + (1 - DIMMED) * whole[0, 0, :, :, None])
+    for each in reversed(before):
+        own = (height, round(each.shape[2] * height / each.shape[1]))
+        small = torch.nn.functional.interpolate(each.movedim(-1, 1), own, mode="bilinear", antialias=True)
+        picture = torch.cat([small.movedim(1, -1), picture], 2)
+    width = picture.shape[2]
     image, larger = of_tensor(picture[0]).image, THUMB // max(height, width)
     if larger > 1:
         image = image.resize((width * larger, height * larger), Image.Resampling.NEAREST)

@@ -104,9 +104,9 @@ def latents_of(
                 looked = number < THUMBS and not found
                 pixels = part.pixels() if there is None or looked else None
                 mask = part.shown() if pixels is not None else None
-                controls = [each.pixels() for each in part.controls] if there is None else []
-                small = thumb(pixels, mask, caption(raw)) if looked and pixels is not None else None
-                found.append(_Work(part, shown, name, there, pixels, mask, controls, small))
+                controls = [each.pixels() for each in whole.controls] if pixels is not None else []
+                small = thumb(pixels, mask, caption(raw), controls) if looked and pixels is not None else None
+                found.append(_Work(part, shown, name, there, pixels, mask, [] if seen else controls, small))
         except FileError as error:
             return error
         return found

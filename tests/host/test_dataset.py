@@ -407,10 +407,15 @@ def seeing(loaded):
         return [[torch.full((1, 3, 8), told + sum(tokens["sees"])), {"attention_mask": torch.ones(1, 3)}]]
 
     clip.tokenize, clip.encode_from_tokens_scheduled = tokenize, encode
-    vae = SimpleNamespace(**{name: getattr(loaded.vae, name) for name in ("patcher", "first_stage_model", "vae_dtype")})
-    vae.spacial_compression_encode = loaded.vae.spacial_compression_encode
-    vae.encode = lambda pixels: torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)[:, :, None]
-    return SimpleNamespace(clip=clip, vae=vae)
+
+    class Vae:
+        def __getattr__(self, name):
+            return getattr(loaded.vae, name)
+
+        def encode(self, pixels):
+            return torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)[:, :, None]
+
+    return SimpleNamespace(clip=clip, vae=Vae())
 
 
 @pytest.mark.parametrize("way", ["edit plus", "edit"])
