@@ -17,6 +17,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 MASKS, MASK = "masks", "_mask"  # a folder of them, or a name's ending
 CONTROLS = re.compile(r"(control)(?:_(\d{1,2}))?", re.IGNORECASE)  # a folder of them; several are control_1, control_2
 CONTROL = re.compile(r"(.+)_control(?:_(\d{1,2}))?", re.IGNORECASE)  # or a name beside
+LAST = 100  # in their order: those of a folder that is chosen
 NUMBERED = re.compile(r"(.+)_(\d{1,2})")  # a name in a folder of them, where one folder holds several of a picture
 REPEATED = re.compile(r"(\d{1,4})_(.+)")  # kohya's folders: 10_sks dog
 
@@ -60,7 +61,7 @@ def read_folder(folder: Path, controls: Path | None = None) -> Folder:
         elif not (folder / name).is_file():
             left_out.append((name, f"{TABLE} names it, but it is not there"))
     for inside in sorted(_entries(folder)):
-        if not inside.is_dir() or _is_beside(inside):
+        if not inside.is_dir() or _is_beside(inside) or inside == controls:
             continue
         if match := REPEATED.fullmatch(inside.name):
             sources += _read(folder, inside, table, left_out, controls, int(match[1]), match[2].strip())
@@ -73,7 +74,7 @@ def read_folder(folder: Path, controls: Path | None = None) -> Folder:
     paired = [each for each in sources if each.controls]
     if controls and sources and not paired:
         what = f"'{shown(controls.name)}' holds no control picture for '{shown(folder.name)}'."
-        raise TrainingError(what, remedy=f"Call them like the pictures, such as {shown(sources[0].path.name)}.")
+        raise TrainingError(what, remedy=f"Call them like the pictures, such as {shown(sources[0].name)} in it.")
     if paired:
         left_out += [(each.name, "no control picture of its name") for each in sources if not each.controls]
     return Folder(tuple(paired or sources), tuple(left_out))
@@ -121,12 +122,14 @@ def _read(
 def _of_no_picture(root: Path, sources: Sequence[Source], chosen: Path | None) -> Iterator[tuple[str, str]]:
     """What is in folders of masks and of control pictures that belongs to none."""
     used = {path for each in sources for path in (each.mask, *each.controls)}
-    places = [place for place in _entries(root) if place.is_dir() and _is_beside(place)]
+    parents = dict.fromkeys((root, *(each.path.parent for each in sources)))
+    places = [place for parent in parents for place in _entries(parent) if place.is_dir() and _is_beside(place)]
     for place in dict.fromkeys((*places, *([chosen] if chosen else ()))):
         what = "mask" if place.name.lower() == MASKS else "control picture"
-        for path in sorted(_entries(place)):
+        for path in sorted({path for parent in parents for path in _entries(place / parent.relative_to(root))}):
             if path.is_file() and path not in used:
-                yield (path.relative_to(place.parent).as_posix(), f"a {what} of no picture")
+                within = root if path.is_relative_to(root) else place.parent
+                yield (path.relative_to(within).as_posix(), f"a {what} of no picture")
 
 
 def _masks(root: Path, folder: Path, pictures: Sequence[Path]) -> dict[Path, Path]:
@@ -146,22 +149,20 @@ def _masks(root: Path, folder: Path, pictures: Sequence[Path]) -> dict[Path, Pat
 
 def _controls(root: Path, folder: Path, pictures: Sequence[Path], chosen: Path | None) -> dict[Path, tuple[Path, ...]]:
     """The control pictures of pictures, by picture: those beside it, then those in folders, each by their numbers."""
-    stems = {path.stem: path for path in pictures}
-    found: dict[Path, list[tuple[int, int, Path]]] = {}
+    stems, within = {path.stem: path for path in pictures}, folder.relative_to(root)
+    found: dict[Path, set[tuple[int, int, Path]]] = {}
 
     def add(path: Path, place: int, stem: str, number: int) -> None:
         if path.suffix.lower() in PICTURES and stems.get(stem, path) != path:
-            found.setdefault(stems[stem], []).append((place, number, path))
+            found.setdefault(stems[stem], set()).add((place, number, path))
 
     for path in pictures:
-        add(path, 0, *_numbered(CONTROL, path.stem))
-    parents = {parent: None for parent in (folder, root)}
-    places = [place for parent in parents for place in _entries(parent) if CONTROLS.fullmatch(place.name)]
-    places = sorted(places, key=lambda place: _numbered(CONTROLS, place.name)[1]) + [chosen] * (chosen is not None)
-    within = folder.relative_to(root)
-    for number, place in enumerate(dict.fromkeys(places), 1):
-        for path in {*_entries(place), *_entries(place / within)}:
-            add(path, number, *((path.stem, 0) if path.stem in stems else _numbered(NUMBERED, path.stem)))
+        add(path, -1, *_numbered(CONTROL, path.stem))
+    places = [(place, place) for place in _entries(folder)] + [(place, place / within) for place in _entries(root)]
+    numbered = [(_numbered(CONTROLS, place.name)[1], of) for place, of in places if CONTROLS.fullmatch(place.name)]
+    for place, of in (*numbered, *([(LAST, chosen / within)] if chosen else ())):
+        for path in _entries(of):
+            add(path, place, *((path.stem, 0) if path.stem in stems else _numbered(NUMBERED, path.stem)))
     return {of: tuple(path for *_, path in sorted(each)) for of, each in found.items()}
 
 

@@ -57,10 +57,9 @@ class Sight(NamedTuple):
             what = f"has {len(self.controls)} control pictures; {self.eye.way} takes {most}."
             raise TrainingError(what, file=self.name, remedy="Take some out.")
         try:
-            images = [each.whole() for each in self.controls]
+            whole = [each.whole() for each in self.controls]
         except FileError as error:
             error.file = self.name
             raise
-        return node.execute(clip, self.text, self.eye.vae, *(i.flip(2) if self.mirrored else i for i in images)).result[
-            0
-        ]
+        images = [each.flip(2) for each in whole] if self.mirrored else whole
+        return node.execute(clip, self.text, self.eye.vae, *images).result[0]

@@ -105,18 +105,27 @@ def test_a_chosen_folder_holds_one_control_picture_of_each_or_several_by_number(
         "b.png": ["was/b.png"],
         "b_1.png": ["was/b_1.png"],
     }
-    assert not read_folder(folder, chosen).left_out and set(captions(folder)) == {"a.png", "b.png", "b_1.png"}
-    with pytest.raises(TrainingError, match="no control picture for 'in'.*such as a.png"):
+    put("in/2_x/a.png", "was/2_x/a.png")
+    assert controls(folder, chosen)["2_x/a.png"] == ["was/2_x/a.png"]
+    assert not read_folder(folder, chosen).left_out and set(captions(folder)) == {
+        "a.png",
+        "b.png",
+        "b_1.png",
+        "2_x/a.png",
+    }
+    with pytest.raises(TrainingError, match="no control picture for 'in'.*such as a.png in it"):
         read_folder(folder, put("other/z.png") / "other")
 
 
 def test_of_pairs_whose_other_half_is_missing_each_is_left_out_by_name(put):
-    folder = put("a.png", "b.png", "control/a.png", "control/z.png", "z_control.png")
+    folder = put("a.png", "b.png", "control/a.png", "control/z.png", "z_control.png", "5_x/c.png", "5_x/control/y.png")
     assert [each.name for each in read_folder(folder).sources] == ["a.png"]
     assert dict(read_folder(folder).left_out) == {
         "b.png": "no control picture of its name",
         "z_control.png": "no control picture of its name",
         "control/z.png": "a control picture of no picture",
+        "5_x/c.png": "no control picture of its name",
+        "5_x/control/y.png": "a control picture of no picture",
     }
 
 
