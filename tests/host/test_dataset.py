@@ -622,6 +622,16 @@ def test_through_the_server_a_changed_folder_is_read_again_and_an_unchanged_one_
     noise(TALL, 2).save(folder / "b.png")
     (grown,) = told(server.post(prompt))
     assert (grown["pictures"], grown["held_out"], grown["kept"]["latents"]) == (1, 1, [1, 2])
+    before = server.base / "input" / "before"
+    before.mkdir()
+    noise(WIDE, 3).save(before / "a.png")
+    paired = prompt | {"2": {**prompt["2"], "inputs": prompt["2"]["inputs"] | {"control_folder": "before"}}}
+    (first,) = told(server.post(paired))
+    assert (first["controls"], first["left_out"]) == (1, [["b.png", "no control picture of its name"]])
+    assert not ran(server.post(paired))
+    noise(TALL, 4).save(before / "b.png")
+    entry = server.post(paired)
+    assert ran(entry) and told(entry)[0]["controls"] == 2
 
 
 def test_through_the_server_a_missing_or_empty_folder_says_what_there_is(server):
@@ -629,5 +639,7 @@ def test_through_the_server_a_missing_or_empty_folder_says_what_there_is(server)
     empty.mkdir(parents=True)
     with pytest.raises(WorkflowError, match="no such folder of pictures"):
         server.post(prompt_of(server, folder="gone"))
+    with pytest.raises(WorkflowError, match="no such folder of pictures"):
+        server.post(prompt_of(server, folder="empty", control_folder="gone"))
     with pytest.raises(WorkflowError, match="The folder 'empty' holds no picture. It holds other/"):
         server.post(prompt_of(server, folder="empty"))
