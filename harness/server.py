@@ -119,18 +119,19 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, timeout: float = 120) -> None:
-        """Returns when the server answers.
+    def start(self, timeout: float = 300) -> None:
+        """Returns when the server answers. One that is started again has its old address, which pages know.
 
         Raises ServerError if it does not within timeout seconds, if it dies, or if it could not import the pack.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        if not self.url:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = self.url.rpartition(":")[2]
         command = [
             *(self._python, "-u", "-c", LEASH, str(self.comfy / "main.py")),
-            *("--listen", "127.0.0.1", "--port", str(port)),
+            *("--listen", "127.0.0.1", "--port", port),
             # Not the one in ComfyUI's own folder: two servers would fight for its lock.
             *("--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"),
             *("--disable-auto-launch", "--disable-api-nodes"),
@@ -171,6 +172,12 @@ class Server:
             self._process = None
         if self._temporary:
             shutil.rmtree(self.base, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Ends it at once, whatever it is doing. It can be started again."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
 
     def post(self, prompt: Mapping[str, Any], timeout: float = 600) -> dict[str, Any]:
         """Runs an API prompt to its end and returns its entry in /history.

@@ -31,6 +31,8 @@ class Picture:
     weight: float = 1.0  # of its loss: prior preservation's, for a regularisation picture
     size: tuple[int, int] | None = None  # height and width in pixels of what the latent shows; None: not known
     regularisation: bool = False  # it shows what the model knows already, and should go on knowing
+    of_base: bool = False  # what the model makes of it should stay as it is, whatever it shows
+    beside: Picture | None = None  # the same under other captions, learned in the same steps
     controls: tuple[tuple[Tensor, ...], ...] = ()
     empty: Any | None = None  # what its own conditions show, without text; None: the data set's
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from .dataset import REFERENCES, Dataset, Picture, controls_in
 
 VERSION = 1
-# Inputs of the node that trains which change nothing of what is learned in a step.
+# Inputs of the node that trains which change nothing of what is learned in a step; and those of the nodes before it.
 HARMLESS = ("name", "steps", "vae", "sample_", "save_every", "validate_every", "resume", "dry_run")
+HARMLESS_BEFORE = {"LoraOpsDataset": ("cache",)}
+ADDED = {"preservation": '"off"'}  # inputs that older recipes do not have, and what these were made with
 
 
 def recipe(prompt: Mapping[str, Any], node: str, dataset: Dataset) -> dict[str, Any]:
@@ -41,12 +43,14 @@ def _inputs(recipe: Mapping[str, Any]) -> dict[str, str]:
         name, output = value
         if name not in known:
             known[name] = ""  # of a circle, which no host runs
-            told = {each: meaning(there) for each, there in prompt[name]["inputs"].items()}
-            text = json.dumps([prompt[name]["class_type"], told], sort_keys=True)
+            kind, inputs = prompt[name]["class_type"], prompt[name]["inputs"]
+            harmless = HARMLESS_BEFORE.get(kind, ())
+            told = {each: meaning(there) for each, there in inputs.items() if each not in harmless}
+            text = json.dumps([kind, told], sort_keys=True)
             known[name] = hashlib.sha256(text.encode()).hexdigest()
         return f"{known[name]}/{output}"
 
-    return {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
+    return ADDED | {name: meaning(value) for name, value in prompt[recipe["node"]]["inputs"].items()}
 
 
 def _hash(dataset: Dataset) -> str:

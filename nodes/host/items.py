@@ -53,11 +53,12 @@ class Items:
 
         empty = None if dataset.empty is None else described(dataset.empty, "")
 
-        def item(picture: Picture, dropout: float) -> Item:
+        def item(picture: Picture, dropout: float, latents: tuple[Tensor, ...] = ()) -> Item:
+            latents = latents or tuple(map(self._scaled, picture.latents))
             captions = picture.captions or [None] * len(picture.conditions)
             try:
                 return Item(
-                    tuple(map(self._scaled, picture.latents)),
+                    latents,
                     tuple(
                         described(condition, caption)
                         for condition, caption in zip(picture.conditions, captions, strict=True)
@@ -67,6 +68,8 @@ class Items:
                     dropout,
                     picture.repeats,
                     picture.weight,
+                    picture.of_base,
+                    picture.beside and item(picture.beside, 0.0, latents),
                 )
             except TrainingError as error:
                 error.file = picture.name
