@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -247,12 +248,19 @@ def floats(patcher):
 
 
 @pytest.mark.parametrize("algorithm", ["float8_e4m3fn", "nvfp4", "mxfp8"])
-def test_a_quantised_model_is_saved_as_the_host_would_store_it_patched(algorithm, quantised, save, samples, apply):
+def test_a_quantised_model_is_saved_as_the_host_would_store_it_patched(
+    algorithm, quantised, save, samples, apply, ours, monkeypatch
+):
     import comfy.sd
 
     model = quantised(algorithm)
     changed = apply(model, (samples(model, 0, seed=1), 0.7), mode="patch")
+    baking, made = ours("nodes.host.baking"), Counter()
+    floats_of = baking.Quantised.floats
+    monkeypatch.setattr(baking.Quantised, "floats", lambda each: (made.update([each.key]), floats_of(each))[1])
     ((saved),) = save("diffusion model", model=changed)
+    # once for what is written, once to compare, once for the number that is written long before its weight
+    assert made and set(made.values()) == {2 if algorithm == "mxfp8" else 3}
     assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())
     again = comfy.sd.load_diffusion_model(str(saved.path), model_options={"dtype": torch.float32})
     before, wanted, found = floats(model), patched_weights(changed), floats(again)
