@@ -143,8 +143,8 @@ T5_SECOND = Component(
 # Beside CLIP-L and CLIP-G (Stable Diffusion 3) all count it as the third.
 T5_THIRD = replace(T5_SECOND, prefixes=prefixes("t5xxl", "text_encoder_3", "lora_te3_"))
 
-# Chroma: kohya keeps FLUX.1's number.
-T5_ALONE = replace(T5_SECOND, prefixes=prefixes("t5xxl", "text_encoder", "lora_te_", "lora_te1_", "lora_te3_"))
+# Chroma: kohya keeps FLUX.1's number; the host reads the first.
+T5_ALONE = replace(T5_SECOND, prefixes=prefixes("t5xxl", "text_encoder", "lora_te1_", "lora_te_", "lora_te3_"))
 
 UMT5 = Component(
     part="clip",

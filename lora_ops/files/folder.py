@@ -13,10 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import FileError, shown
-from .reading import checksum
+from ..errors import shown
+from .syncing import CHUNK, write_synced
 from .writing import (
-    CHUNK,
     Lazy,
     Progress,
     laid,
@@ -28,7 +27,6 @@ from .writing import (
     temporary_of,
     told_of,
     write_laid,
-    write_synced,
 )
 
 Files = Mapping[str, tuple[Mapping[str, Tensor | Lazy], Mapping[str, str]]]  # name -> tensors and metadata
@@ -95,11 +93,9 @@ def _written(
         for name in (*contents, *texts, *copies):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            write_synced(temporary / name, [text.encode("utf-8")])
+            write_synced(temporary / name, [text.encode("utf-8")], final)
         for name, source in copies.items():
-            written = write_synced(temporary / name, _chunks(source), more)
-            if checksum(temporary / name, more) != written:
-                raise FileError("reads back differently from what was written.", file=final, remedy="Check the disk.")
+            write_synced(temporary / name, _chunks(source), final, more)
         for name, content in contents.items():
             write_laid(temporary / name, content, final / name, more)
         if os.name != "nt":

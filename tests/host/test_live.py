@@ -48,6 +48,16 @@ def test_live_equals_patch(model, samples, apply, number):
     assert torch.equal(run(model), plain) and unchanged(model, before)
 
 
+@pytest.mark.parametrize("family", sorted(inside.INPUTS.keys() - set(FAMILIES)))
+def test_live_equals_patch_in_the_other_families(samples, apply, family):
+    model = inside.model(family)
+    loras = [(samples(model, 1, seed=1), 0.8), (samples(model, 1, seed=2), -0.4)]
+    plain = inside.answer(model, family)
+    patched = inside.answer(apply(model, *loras, mode="patch"), family)
+    live = inside.answer(apply(model, *loras, mode="live"), family)
+    assert near(live, patched) and not near(plain, patched, 1e-3)
+
+
 @each_family
 def test_a_chain_of_live_nodes_is_one_hook_per_module_and_adds_up(model, samples, apply):
     loras = [(samples(model, 0, seed=seed), strength) for seed, strength in ((1, 0.8), (2, -0.4), (3, 0.3))]
