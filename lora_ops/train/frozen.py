@@ -52,14 +52,14 @@ class _Frozen(torch.autograd.Function):
         ctx.module, ctx.weight_of, ctx.shape, ctx.dtype = module, weight_of, x.shape, x.dtype
         smaller = _smaller(module, x) if keeps_cast else None
         if smaller is None:
-            return forward(x.detach())
+            return _whole(forward(x.detach()))
         weight, bias = weight_of(module, x.new_empty(0, dtype=smaller))
         ctx.save_for_backward(weight)
         x = x.detach().to(smaller)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             convolved: Any = module._conv_forward
             return convolved(x, weight, bias)
-        return functional.linear(x, weight, bias)
+        return _whole(functional.linear(x, weight, bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -68,6 +68,12 @@ class _Frozen(torch.autograd.Function):
         if weight is None:
             weight, _ = ctx.weight_of(ctx.module, grad)
         return _transposed(ctx.module, weight, grad, ctx.shape).to(ctx.dtype), None, None, None, None
+
+
+def _whole(y: Tensor) -> Tensor:
+    """The same tensor and no view: a model may add to it in place, as FLUX does to its text."""
+    storage: Any = y
+    return y.new_empty(0).set_(storage) if y._is_view() else y
 
 
 def _smaller(module: nn.Module, x: Tensor) -> torch.dtype | None:

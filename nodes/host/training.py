@@ -17,13 +17,13 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from ...lora_ops.errors import TrainingError, shown
+from ...lora_ops.errors import TrainingError
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.blocks import OutOfPlace, checkpointed
 from ...lora_ops.train.compiling import compiled, failure
 from ...lora_ops.train.data import Item, widest
-from ...lora_ops.train.dataset import Dataset, Picture
+from ...lora_ops.train.encoders import require_known
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
 from ...lora_ops.train.memory import Estimate, Probe, estimate, out_of_memory, probe
@@ -32,15 +32,13 @@ from ...lora_ops.train.places import Place
 from ...lora_ops.train.plan import Beginning, Plan
 from ...lora_ops.train.timesteps import Timesteps, recommended
 from ...lora_ops.train.wrapper import Wrapper
+from .items import Items
 from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Prompt, Text, weight_of
+from .wrapping import Part, Text, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
-# What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
-REFUSED = ("control", "gligen", "hooks", "area", "mask", "timestep_start", "timestep_end", "start_percent")
-TEXT_ENCODERS = ("sd15", "sdxl", "flux")  # families whose text encoders train
 SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
 
 
@@ -50,7 +48,7 @@ class Model(Part):
 
     Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
     TrainingError for what runs live and looks at its weight: the gradient of that is not known here; and for a text
-    encoder that nobody has seen to train here.
+    encoder that does not train.
     """
 
     def __init__(self, model: Any, clip: Any = None) -> None:
@@ -60,13 +58,14 @@ class Model(Part):
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.patcher.add_object_patch("model_sampling", _answering(self.sampling))
         self.text = None if clip is None else Text(clip)
+        made = Items(self.patcher, self.text)
+        self.item, self.items = made.item, made.items
         self._out_of_place = self._copying = False
         self._memory = 0  # that the host keeps free while it is loaded
         self._training = False  # what the host's flag was before
         self._offload: Offload | None = None
-        if self.text is not None and (family := self.targets().family) not in TEXT_ENCODERS:
-            what = f"The text encoder of {shown(family)} is none that this version trains."
-            raise TrainingError(what, remedy="Train the model alone.")
+        if self.text is not None:
+            require_known(self.targets().family)
 
     @property
     def _parts(self) -> list[Part]:
@@ -252,76 +251,6 @@ class Model(Part):
             return wrapper(apply, call)
         return apply(noisy, sigma, **conditioning)
 
-    def item(
-        self,
-        latent: Tensor,
-        condition: Sequence[Any],
-        guidance: float | None = None,
-        *,
-        caption: str | None = None,
-        **more: Any,
-    ) -> Item:
-        """An item from one latent of a LATENT (channels, …) and one CONDITIONING, and where the text encoder trains
-        its caption.
-
-        guidance is what a guidance-distilled model (FLUX.1 dev) is told, instead of what the conditioning says. Raises
-        TrainingError for a conditioning that is more than a description of one picture, for guidance to a model that is
-        told none, and where a caption is missing.
-        """
-        return Item((self._scaled(latent),), (self._described(condition, caption, guidance),), **more)
-
-    def items(self, dataset: Dataset, guidance: float | None = None) -> tuple[list[Item], list[Item]]:
-        """What to learn from and what is only looked at. Raises TrainingError like item, naming the picture."""
-        empty = None if dataset.empty is None else self._described(dataset.empty, "", guidance)
-
-        def item(picture: Picture, dropout: float) -> Item:
-            captions = picture.captions or [None] * len(picture.conditions)
-            try:
-                return Item(
-                    tuple(map(self._scaled, picture.latents)),
-                    tuple(
-                        self._described(condition, caption, guidance)
-                        for condition, caption in zip(picture.conditions, captions, strict=True)
-                    ),
-                    tuple(_placed(mask, picture.latents[0]) for mask in picture.masks),
-                    empty,
-                    dropout,
-                    picture.repeats,
-                    picture.weight,
-                )
-            except TrainingError as error:
-                error.file = picture.name
-                raise
-
-        learned = [item(each, dataset.dropout) for each in dataset.pictures]
-        return learned, [item(each, 0.0) for each in dataset.held_out]
-
-    def _scaled(self, latent: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            return self.patcher.model.process_latent_in(latent[None].float().clone())[0]
-
-    def _described(
-        self, condition: Sequence[Any], caption: str | None, guidance: float | None
-    ) -> Prompt | Sequence[Any]:
-        if len(condition) != 1:
-            what = f"A picture has {len(condition)} conditionings at once; it should have one."
-            raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
-        ((cross, options),) = condition
-        for name in REFUSED:
-            if options.get(name) is not None:
-                what = f"A picture's conditioning has {shown(name)}, which training does not use."
-                raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
-        if guidance is not None:
-            if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
-                raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
-            options = {**options, "guidance": guidance}
-        if self.text is None:
-            return [[cross, options]]
-        if caption is None:
-            what = "A picture has a conditioning and no caption, which the text encoder could learn from."
-            raise TrainingError(what, remedy="Give captions, or train the model alone.")
-        return self.text.prompt(caption, options)
-
     def begin(self, plan: Plan, where: Sequence[Place], items: Sequence[Item], timesteps: Timesteps) -> Beginning:
         """What the plan's training begins with on this model."""
 
@@ -486,14 +415,6 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
-
-
-def _placed(mask: Tensor, latent: Tensor) -> Tensor:
-    """A mask (1, height, width) for a latent (channels, …, height, width)."""
-    if mask.shape[-2:] != latent.shape[-2:]:
-        sizes = (" x ".join(map(str, each.shape[-2:])) for each in (mask, latent))
-        raise TrainingError("A mask is of {}, its latent of {}.".format(*sizes))
-    return mask.reshape(1, *(1 for _ in latent.shape[1:-2]), *mask.shape[-2:])
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -10,22 +10,7 @@ import torch
 
 from harness import inside
 
-# family -> width of its text, of its pooled text, a latent
-CASES = {
-    "sd15": (768, 0, (4, 8, 8)),
-    "sdxl": (2048, 1280, (4, 8, 8)),
-    "sd35_medium": (64, 32, (16, 16, 16)),
-    "flux": (64, 768, (16, 16, 16)),
-    "flux2": (64, 0, (128, 8, 8)),
-    "flux2_klein": (64, 0, (128, 8, 8)),
-    "chroma": (64, 0, (16, 16, 16)),
-    "cascade_c": (1280, 1280, (16, 16, 16)),
-    "wan_t2v": (32, 0, (16, 1, 16, 16)),
-    "qwen_image": (64, 0, (16, 1, 16, 16)),
-    "lumina2": (64, 0, (16, 16, 16)),
-    "z_image": (64, 0, (16, 16, 16)),
-    "kandinsky5": (3584, 768, (16, 1, 16, 16)),
-}
+CASES = inside.INPUTS
 
 
 @pytest.fixture(scope="module")
