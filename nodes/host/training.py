@@ -132,6 +132,9 @@ class Model(Part):
                 with fast, offloaded(offload) if offload else nullcontext(), again:
                     with torch.autocast(device, autocast) if autocast else nullcontext():
                         found = self._examined(batch, checkpointing)
+                    if compiler and self._copying:
+                        what = "The model writes into its own tensors, which cannot be compiled."
+                        raise TrainingError(what, remedy="Turn compile off.")
                     yield found
             finally:
                 self._leave()
@@ -201,6 +204,8 @@ class Model(Part):
         """What a step of a run needs."""
         width = self.patcher.model.get_dtype_inference().itemsize
         largest = width * max(weight.numel() for weight in self.network.parameters())
+        # Cast, and laid out for its product; a CPU makes both in float32 too where it computes in half precision.
+        largest *= 4 if run.plan.autocast and self.patcher.load_device.type == "cpu" else 2
         largest += self._offload.most if self._offload else 0
         return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
 
@@ -301,6 +306,9 @@ class Model(Part):
             begun = plan.go_on(where, lora, targets)
         else:
             begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
+        if compiler and plan.dropout:
+            what = "compile is on, and dropout draws its masks anew in each step, which cannot be compiled."
+            raise TrainingError(what, remedy="Turn compile off or set dropout to 0.")
         brought = offload_of(self.patcher) if offload else None
         wrappers = self.wrappers(begun, plan.dropout, keeps_cast=brought is None)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
