@@ -22,6 +22,7 @@ from ...lora_ops.train.presets import choose
 from ...lora_ops.train.randomness import generator
 from ...lora_ops.train.settings import Settings
 from .encoding import conditions_of
+from .offloading import offload_of
 from .previews import Previews, prepared
 from .shelf import shelf
 from .trainable import paired, require_trainable
@@ -71,8 +72,11 @@ class Course:
         return conditions_of(self.wires.clip, texts, shelf(), told).conditions
 
     def _require_possible(self) -> None:
-        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take."""
+        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take, and for
+        weights that cannot be away."""
         plan, sampling, shape = self.plan, self.model.sampling, self.items[0].shape
+        if self.settings.offload:
+            offload_of(self.wires.model)
         timesteps = plan.timesteps or self.chosen.timesteps
         sigma = timesteps.sigmas(sampling, timesteps.moments(1, generator(plan.seed)), *shape[-2:])
         weights(plan.objective, coefficients(sampling, sigma))

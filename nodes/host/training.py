@@ -306,9 +306,6 @@ class Model(Part):
             begun = plan.go_on(where, lora, targets)
         else:
             begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
-        if compiler and plan.dropout:
-            what = "compile is on, and dropout draws its masks anew in each step, which cannot be compiled."
-            raise TrainingError(what, remedy="Turn compile off or set dropout to 0.")
         brought = offload_of(self.patcher) if offload else None
         wrappers = self.wrappers(begun, plan.dropout, keeps_cast=brought is None)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
