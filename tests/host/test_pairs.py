@@ -71,8 +71,8 @@ def drawn(family, seed, controls):
 class Heard:
     """What a model is given of control pictures, while inside."""
 
-    def __init__(self, network):
-        self.network, self.given = network, []
+    def __init__(self, network, *, beside):
+        self.network, self.beside, self.given = network, beside, []
 
     def __enter__(self):
         def hear(_, args, given):
@@ -100,9 +100,7 @@ def test_a_pair_is_learned_with_what_the_hosts_own_nodes_give_the_model(train, o
     descent = train.optimizers.Descent(rate=0.3 if family == "flux2_klein" else 3e-2)  # its gates are nearly closed
     controls, session = controls_of(family), Session(train, family, steps=6, descent=descent)
     session.item = item_of(ours, session, family, controls)
-    heard = Heard(session.patcher.model.diffusion_model)
-    heard.beside = family in BESIDE
-    found = []
+    heard, found = Heard(session.patcher.model.diffusion_model, beside=family in BESIDE), []
 
     def look(done, running):
         if done.step == 2:
