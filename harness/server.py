@@ -150,7 +150,7 @@ class Server:
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if self._own and sys.platform == "win32" else 0,
             )
         deadline = time.monotonic() + timeout
-        while not self._answers():
+        while not self.answers():
             self._check_alive()
             if time.monotonic() > deadline:
                 raise ServerError(f"ComfyUI did not answer within {timeout:.0f} s.\n{self._tail()}")
@@ -257,7 +257,7 @@ class Server:
     def _tail(self, lines: int = 25) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         try:
             self.request("/system_stats", timeout=5)
         except OSError:

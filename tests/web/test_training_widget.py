@@ -281,7 +281,12 @@ def test_what_is_known_of_a_run_and_how_it_is_told(tabs, call, found):
     assert tabs["classic"].run(PURE + f"return {call};", HISTORY) == found
 
 
-INTO = "app.canvas.setGraph(app.rootGraph.nodes.find((node) => node.subgraph).subgraph);"
+INTO = """
+    app.canvas.setGraph(app.rootGraph.nodes.find((node) => node.subgraph).subgraph);
+    Object.assign(app.canvas.ds, {scale: 0.9, offset: [0, 40]});
+    app.canvas.setDirty(true, true);
+"""
+CLICK = f"document.querySelector(`{PANEL} [data-want=${{given[0]}}]`).click();"
 
 
 def test_a_run_in_a_subgraph_is_seen_there_and_does_what_it_is_told(tabs, allow):
@@ -301,10 +306,10 @@ def test_a_run_in_a_subgraph_is_seen_there_and_does_what_it_is_told(tabs, allow)
     nodes2.run(INTO)
     for tab in both:
         tab.shows(state="Training", step="25/100 steps", points=[25, 25, 1], saves=[20], samples=[20], buttons=ON)
-    classic.press("[data-want=sample]")
+    classic.run(CLICK, "sample")
     for tab in both:
         tab.shows(samples=[20, 25], note="Sampled at step 25")
-    nodes2.press("[data-want=finish]")
+    nodes2.run(CLICK, "finish")
     for tab in both:
         tab.shows(state="Finished early", buttons=OFF, step="25/100 steps")
         assert [each for each in tab.console() if MOUNT in each] == []
