@@ -113,6 +113,8 @@ def test_a_pair_is_learned_with_what_the_hosts_own_nodes_give_the_model(train, o
             with session.running():
                 args = session.model.predict, session.model.sampling, session.timesteps
                 train.loop.validate(session.run, [session.item], *args)
+        alone = session.patcher.memory_required([1, *CASES[family][2]])
+        assert session.model._memory == alone if family in BESIDE else session.model._memory > 1.9 * alone
         wanted, *others = heard.given
         assert len(wanted) == len(controls) and len(others) > 2
         for given in others:
