@@ -22,6 +22,7 @@ from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.blocks import OutOfPlace, checkpointed
 from ...lora_ops.train.data import Item, widest
+from ...lora_ops.train.dataset import REFERENCES
 from ...lora_ops.train.encoders import require_known
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
@@ -34,7 +35,7 @@ from ...lora_ops.train.wrapper import Wrapper
 from .items import Items
 from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Text, weight_of
+from .wrapping import Part, Prompt, Text, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
@@ -117,7 +118,7 @@ class Model(Part):
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
-        self._memory = self.patcher.memory_required([len(batch), *batch[0].shape])
+        self._memory = _required(self.patcher.model, batch)
         self._training, device = comfy.model_management.in_training, self.patcher.load_device.type
         self._offload = offload
         with torch.inference_mode(False), torch.enable_grad():
@@ -408,6 +409,17 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
+
+
+def _required(model: Any, batch: Sequence[Item]) -> float:
+    """Bytes that the host wants free for a batch when it samples, its control pictures among it."""
+    shapes: dict[str, list[Any]] = {}
+    for condition in (item.guise().condition for item in batch):
+        options = condition.options if isinstance(condition, Prompt) else condition[0][1]
+        if options.get(REFERENCES) is not None:
+            for name, shape in model.extra_conds_shapes(**options).items():
+                shapes.setdefault(name, []).append(shape)
+    return model.memory_required([len(batch), *batch[0].shape], cond_shapes=shapes)
 
 
 def _to(value: Any, device: torch.device) -> Any:
