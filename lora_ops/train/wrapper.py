@@ -222,8 +222,11 @@ class Hook:
     def remove(self) -> None:
         self._turns = [turn for turn in reversed(self._turns) if not turn.end()][::-1]
 
+    def alone(self, forward: Forward, x: Tensor) -> Tensor:
+        return frozen(self.module, forward, x, self._weight_of)
+
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
-        y = frozen(self.module, forward, x, self._weight_of)
+        y = self.alone(forward, x)
         if not (self._trained and self._wrapper.active):
             return y
         if self._trained[0].place.target.band is None:
@@ -264,6 +267,11 @@ class Turn(Link):
             return self.below(x, *args, **kwargs)
         hook: Any = self.hook
         return hook.ran(self.below, x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """For what looks at the module's own output while something trains on it: with its gradient."""
+        hook: Any = self.hook
+        return hook.alone(super().bare, x)
 
 
 class _Place(NamedTuple):
