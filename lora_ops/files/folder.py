@@ -13,10 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import FileError, shown
-from .reading import checksum
+from ..errors import shown
+from .syncing import CHUNK, write_synced
 from .writing import (
-    CHUNK,
     Lazy,
     Progress,
     laid,
@@ -28,7 +27,6 @@ from .writing import (
     temporary_of,
     told_of,
     write_laid,
-    write_synced,
 )
 
 Files = Mapping[str, tuple[Mapping[str, Tensor | Lazy], Mapping[str, str]]]  # name -> tensors and metadata
@@ -87,19 +85,18 @@ def _written(
 ) -> Iterator[Path]:
     sweep(final.parent)
     contents = {name: laid(*content, final / name) for name, content in tensors.items()}
-    sizes = [content.size for content in contents.values()] + [path.stat().st_size for path in copies.values()]
-    require_room(sum(sizes), final)
-    more, temporary = meter(2 * sum(sizes), progress), temporary_of(final)
+    copied = sum(path.stat().st_size for path in copies.values())
+    require_room(sum(content.size for content in contents.values()) + copied, final)
+    work = sum(content.work for content in contents.values()) + 2 * copied
+    more, temporary = meter(work, progress), temporary_of(final)
     temporary.mkdir()
     try:
         for name in (*contents, *texts, *copies):
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            write_synced(temporary / name, [text.encode("utf-8")])
+            write_synced(temporary / name, [text.encode("utf-8")], final)
         for name, source in copies.items():
-            written = write_synced(temporary / name, _chunks(source), more)
-            if checksum(temporary / name, more) != written:
-                raise FileError("reads back differently from what was written.", file=final, remedy="Check the disk.")
+            write_synced(temporary / name, _chunks(source), final, more)
         for name, content in contents.items():
             write_laid(temporary / name, content, final / name, more)
         if os.name != "nt":

@@ -134,17 +134,7 @@ class Checksum:
         self.value = zlib.crc32(data, self.value)
 
 
-def checksum(path: str | os.PathLike[str], told: Callable[[int], None]) -> int:
-    """That of a file; told hears how many bytes were read each time."""
-    found = Checksum()
-    with _opened(path) as file:
-        _through(file, found.update, told)
-    return found.value
-
-
-def _through(
-    file: BufferedReader, take: Callable[[memoryview], None], told: Callable[[int], None] = lambda count: None
-) -> None:
+def _through(file: BufferedReader, take: Callable[[memoryview], None]) -> None:
     """Hand on the rest of a file, which is read while take has what came before."""
     with ThreadPoolExecutor(1) as thread:
         taken = None
@@ -155,7 +145,6 @@ def _through(
             if not count:
                 return
             taken = thread.submit(take, memoryview(room)[:count])
-            told(count)
 
 
 def tensor_hash(path: str | os.PathLike[str]) -> str:

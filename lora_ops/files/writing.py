@@ -10,9 +10,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, count
@@ -23,14 +21,12 @@ import torch
 from torch import Tensor
 
 from ..errors import FileError, shown
-from .format import DTYPE_NAMES, MIB
-from .reading import Checksum, checksum, is_finite, read_header, reason
+from .format import DTYPE_NAMES
+from .reading import is_finite, read_header, reason
+from .syncing import CHUNK, write_synced
 
 ORPHAN_AGE = 86_400.0  # seconds after which a temporary file of a killed writer is removed
 TEMPORARY = ".lora_ops_tmp"
-CHUNK = 16 * MIB  # bytes at a time, from one call of progress to the next
-AHEAD = 2  # chunks that are being written and summed up while the next one is made
-UNSYNCED = 128 * MIB  # bytes that may wait for the disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +34,15 @@ class Lazy:
     """A tensor that is made when it is written.
 
     chunks gives consecutive blocks of its rows, in order, of its dtype, on any device; what is given is not written to
-    again: it goes to the disk while the next one is made. kept: the values are a file's own, whatever they are.
+    again: it goes to the disk while the next one is made. kept: the values are a file's own, whatever they are. before:
+    bytes that are gone through until its first block is made, which progress counts.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[Tensor]]
     kept: bool = False
+    before: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -67,8 +65,8 @@ def write(
 
     Temporary file in the same folder, fsync, reopened and compared byte for byte, renamed, folder synced.
     The same tensors and metadata give the same bytes. Without overwrite an existing file is never touched.
-    progress hears at least every 16 MB; every byte counts twice, written and read back. check gets the temporary file
-    when it has read back right; what it raises, like anything else, leaves nothing behind.
+    progress hears at least every 16 MB; every byte counts twice, written and read back, and Lazy.before once. check
+    gets the temporary file when it has read back right; what it raises, like anything else, leaves nothing behind.
     Raises FileError, with nothing left behind, if there is no room, no right, the file reads back wrong, or a tensor
     holds NaN or Inf that no file held before (see Lazy.kept).
     """
@@ -114,7 +112,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     with told_of(path):
         temporary = temporary_of(final)
         try:
-            write_synced(temporary, [text.encode()])
+            write_synced(temporary, [text.encode()], final)
             _publish(temporary, final, overwrite=True)
         finally:
             temporary.unlink(missing_ok=True)
@@ -148,7 +146,7 @@ def _written(
         raise FileExistsError(errno.EEXIST, "exists already")
     temporary = temporary_of(final)
     try:
-        write_laid(temporary, content, final, meter(2 * content.size, progress))
+        write_laid(temporary, content, final, meter(content.work, progress))
         if check:
             check(temporary)
         yield temporary
@@ -192,6 +190,11 @@ class Laid(NamedTuple):
     def size(self) -> int:
         return len(self.head) + sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def work(self) -> int:
+        """Bytes that progress counts."""
+        return 2 * self.size + sum(tensor.before for tensor in self.tensors.values())
+
 
 def laid(tensors: Mapping[str, Tensor | Lazy], metadata: Mapping[str, str], path: Path) -> Laid:
     """Widest dtype first, so that every tensor is aligned, then by name: the same tensors give the same bytes."""
@@ -223,15 +226,18 @@ def _lazy(tensor: Tensor | Lazy) -> Lazy:
 
 def write_laid(temporary: Path, content: Laid, final: Path, more: Callable[[int], None]) -> None:
     """Write a file, wait until it is on the disk, and read it back. Errors are told of the final one."""
-    chunks = (chunk for name, tensor in content.tensors.items() for chunk in _bytes(name, tensor, final))
-    written = write_synced(temporary, chain([content.head], chunks), more)
-    _compare(temporary, written, content, final, more)
+    chunks = (chunk for name, tensor in content.tensors.items() for chunk in _bytes(name, tensor, final, more))
+    write_synced(temporary, chain([content.head], chunks), final, more)
+    _require_readable(temporary, content, final)
 
 
-def _bytes(name: str, tensor: Lazy, path: Path) -> Iterator[memoryview]:
+def _bytes(name: str, tensor: Lazy, path: Path, more: Callable[[int], None]) -> Iterator[memoryview]:
     """What a tensor's chunks hold, checked, in pieces of at most CHUNK bytes."""
-    left = tensor.nbytes
+    left, before = tensor.nbytes, tensor.before
     for block in tensor.chunks():
+        if before:
+            more(before)
+            before = 0
         left -= block.nbytes
         if block.dtype != tensor.dtype or block.ndim != len(tensor.shape) or block.shape[1:] != tensor.shape[1:]:
             found = f"{tuple(block.shape)} of {block.dtype}"
@@ -256,59 +262,8 @@ def _unlike(name: str, tensor: Lazy, path: Path, what: str) -> FileError:
     return FileError(expected, file=path, tensor=name, remedy="Nothing was changed.")
 
 
-def write_synced(path: Path, chunks: Iterable[bytes | memoryview], more: Callable[[int], None] | None = None) -> int:
-    """Write a new file and wait until it is on the disk; returns its checksum.
-
-    While a chunk is written and summed up, each in a thread, the next one is made here, where an interrupt is seen. The
-    disk is made to keep up all along, in a thread too: waiting for gigabytes at the end could not be interrupted.
-    """
-    found = Checksum()
-    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0), 0o666)
-    behind: deque[tuple[Future[int], Future[None], int]] = deque()
-
-    def settle() -> None:
-        written, summed, size = behind.popleft()
-        written.result()
-        summed.result()
-        if more:
-            more(size)
-
-    with (
-        open(descriptor, "wb") as file,
-        ThreadPoolExecutor(1) as writer,
-        ThreadPoolExecutor(1) as summer,
-        ThreadPoolExecutor(1) as syncer,
-    ):
-        unsynced, synced = 0, None
-        for chunk in chunks:
-            behind.append((writer.submit(file.write, chunk), summer.submit(found.update, chunk), len(chunk)))
-            unsynced += len(chunk)
-            if len(behind) > AHEAD:
-                settle()
-            if unsynced > UNSYNCED:
-                if synced:
-                    synced.result()
-                unsynced, synced = 0, syncer.submit(_sync_data, descriptor)
-        while behind:
-            settle()
-        if synced:
-            synced.result()
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that the comparison reads the disk, not this write's cache
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return found.value
-
-
-def _sync_data(descriptor: int) -> None:
-    if hasattr(os, "fdatasync"):
-        os.fdatasync(descriptor)
-
-
-def _compare(temporary: Path, written: int, content: Laid, path: Path, more: Callable[[int], None]) -> None:
-    different = FileError("reads back differently from what was written.", file=path, remedy="Check the disk.")
-    if checksum(temporary, more) != written:
-        raise different
+def _require_readable(temporary: Path, content: Laid, path: Path) -> None:
+    """Raises FileError unless the reader finds in a file what was to be written."""
     try:
         header = read_header(temporary)
     except FileError as error:  # not the disk's fault: names or metadata that no safetensors file may have
@@ -318,7 +273,7 @@ def _compare(temporary: Path, written: int, content: Laid, path: Path, more: Cal
         name: (entry.dtype, entry.shape) for name, entry in header.entries.items()
     }
     if not same:
-        raise different
+        raise FileError("reads back differently from what was written.", file=path, remedy="Check the disk.")
 
 
 def _publish(temporary: Path, final: Path, overwrite: bool) -> None:

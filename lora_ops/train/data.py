@@ -24,6 +24,15 @@ class Guise(NamedTuple):
     beside: Guise | None
 
 
+class Guises(tuple[Any, ...]):
+    """A condition that is another one with each latent of an item: it shows something that is mirrored with it."""
+
+
+def of_guise(condition: Any, latent: int) -> Any:
+    """A condition as it goes with the latent of this number."""
+    return condition[latent] if isinstance(condition, Guises) else condition
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """A picture: latents as the model takes them, scaled (channels, …), of which one comes each time (the picture or
@@ -51,6 +60,8 @@ class Item:
             raise TrainingError("A picture has a latent and a condition at least, and comes once at least.")
         if len({latent.shape for latent in self.latents}) != 1:
             raise TrainingError("The latents of one picture are of different shapes.")
+        if any(isinstance(each, Guises) and len(each) != len(self.latents) for each in (*self.conditions, self.empty)):
+            raise TrainingError(f"A picture of {len(self.latents)} latents has a condition in other guises.")
         if self.masks and len(self.masks) != len(self.latents):
             raise TrainingError(f"A picture has {len(self.masks)} masks for {len(self.latents)} latents.")
         if not all(bool((mask > 0).any()) for mask in self.masks):
@@ -77,7 +88,7 @@ class Item:
     def _guise(self, latent: int, condition: int, *, dropped: bool = False) -> Guise:
         return Guise(
             self.latents[latent],
-            self.empty if dropped else self.conditions[condition],
+            of_guise(self.empty if dropped else self.conditions[condition], latent),
             self.masks[latent] if self.masks else None,
             self.weight,
             self.of_base,

@@ -23,7 +23,7 @@ from ...lora_ops.train.settings import Settings
 from .encoding import conditions_of
 from .previews import Previews, prepared
 from .shelf import shelf
-from .trainable import require_trainable
+from .trainable import paired, require_trainable
 from .training import Finish, Model, Session
 
 REHEARSED = 3  # steps of a dry run: the first one is slow
@@ -61,7 +61,7 @@ class Course:
         dataset = dataset if settings.masked else _without_masks(dataset)
         self.items, self.held_out = self.model.items(dataset, settings.guidance or self.chosen.guidance)
         self._require_possible()
-        self.previews = self._previews(dataset)
+        self.previews = self._previews(paired(wires.model.model, dataset))
 
     def _encoded(self, texts: Sequence[str]) -> Mapping[str, Any]:
         def told(done: int, of: int) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ...lora_ops.errors import TrainingError, shown
-from ...lora_ops.train.data import Item
+from ...lora_ops.train.data import Guises, Item
 from ...lora_ops.train.dataset import Dataset, Picture
+from .trainable import paired
 from .wrapping import Prompt, Text
 
 # What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
@@ -43,7 +44,14 @@ class Items:
 
     def items(self, dataset: Dataset, guidance: float | None = None) -> tuple[list[Item], list[Item]]:
         """What to learn from and what is only looked at. Raises TrainingError like item, naming the picture."""
-        empty = None if dataset.empty is None else self._described(dataset.empty, "", guidance)
+        dataset = paired(self._patcher.model, dataset)
+
+        def described(condition: Any, caption: str | None) -> Any:
+            if isinstance(condition, Guises):
+                return Guises(self._described(each, caption, guidance) for each in condition)
+            return self._described(condition, caption, guidance)
+
+        empty = None if dataset.empty is None else described(dataset.empty, "")
 
         def item(picture: Picture, dropout: float, latents: tuple[Tensor, ...] = ()) -> Item:
             latents = latents or tuple(map(self._scaled, picture.latents))
@@ -52,11 +60,11 @@ class Items:
                 return Item(
                     latents,
                     tuple(
-                        self._described(condition, caption, guidance)
+                        described(condition, caption)
                         for condition, caption in zip(picture.conditions, captions, strict=True)
                     ),
                     tuple(_placed(mask, picture.latents[0]) for mask in picture.masks),
-                    empty,
+                    empty if picture.empty is None else described(picture.empty, ""),
                     dropout,
                     picture.repeats,
                     picture.weight,

@@ -22,7 +22,8 @@ import torch
 
 from lora_ops import files
 from lora_ops.errors import FileError
-from lora_ops.files import writing
+from lora_ops.files import folder as folders
+from lora_ops.files import syncing, writing
 from tests.lora_ops import corpus
 
 if os.name != "nt":
@@ -211,7 +212,8 @@ def test_values_that_no_picture_survives_are_not_written_unless_a_file_had_them_
 
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_progress_counts_every_byte_twice_and_speaks_often(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "CHUNK", 1 << 20)
+    for module in (writing, syncing, folders):
+        monkeypatch.setattr(module, "CHUNK", 1 << 20)
     heard: list[tuple[int, int]] = []
     tensors = {"a": torch.zeros(640 << 10), "b": lazy(torch.zeros(384 << 10, 1), rows=320 << 10), "c": torch.zeros(3)}
     (tmp_path / "vae").write_bytes(bytes(1000))
@@ -556,7 +558,7 @@ def test_a_step_that_fails_leaves_the_old_file_and_no_temporary(step, old, monke
         raise Broken(errno.EIO, "the disk is on fire")
 
     if step == "compare":
-        monkeypatch.setattr(writing, "_compare", fail)
+        monkeypatch.setattr(writing, "_require_readable", fail)
     else:
         monkeypatch.setattr(os, step, fail)
     assert "on fire" in str(refusal(old))
@@ -642,6 +644,32 @@ def test_a_disk_that_gives_back_other_bytes_is_noticed(at, old, monkeypatch):
     monkeypatch.setattr(os, "fsync", corrupting)
     error = refusal(old)
     assert writing.TEMPORARY not in str(error) and "Check the disk" in error.remedy
+
+
+@pytest.mark.skipif(not hasattr(os, "fdatasync"), reason="one kind of waiting for all")
+@pytest.mark.parametrize("stretch", range(6))
+def test_a_stretch_that_comes_back_as_other_bytes_is_noticed_while_others_are_written(stretch, old, monkeypatch):
+    """The last of the six is what is left of the header and the data after five of 4 KiB."""
+    done = []
+
+    def corrupting(sync):
+        def synced(descriptor):
+            sync(descriptor)
+            if stat.S_ISREG(os.fstat(descriptor).st_mode) and len(done) == stretch:
+                place = 4096 * stretch + 7
+                [byte] = os.pread(descriptor, 1, place)
+                os.pwrite(descriptor, bytes([byte ^ 1]), place)
+            done.append(sync)
+
+        return synced
+
+    monkeypatch.setattr(syncing, "STRETCH", 4096)
+    tensors = {"a": torch.arange(5 << 10, dtype=torch.float32)}
+    files.write(old, tensors, overwrite=True)
+    assert torch.equal(files.read(old).tensors["a"], tensors["a"])
+    for name in ("fdatasync", "fsync"):
+        monkeypatch.setattr(os, name, corrupting(getattr(os, name)))
+    assert "Check the disk" in refusal(old, tensors).remedy
 
 
 # Order of the steps

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 
 from lora_ops.dialects import published_map
 from lora_ops.errors import LoraOpsError
 from lora_ops.families import FAMILIES
+from lora_ops.train.dataset import BESIDE, REFERENCES, Dataset, Picture
 from lora_ops.train.encoders import LANGUAGE, TRAINED, require_known, text_aims
 from lora_ops.train.places import places
 from lora_ops.train.presets import PRESETS, Chosen
-from lora_ops.train.recipes import differences
+from lora_ops.train.recipes import differences, recipe
 from lora_ops.train.settings import Settings, aims
 from lora_ops.train.timesteps import Timesteps
 
@@ -131,7 +133,7 @@ def test_every_setting_reaches_the_plan(flux):
 
 
 def test_recipes_differ_by_what_is_learned_and_not_by_what_nodes_are_called():
-    def recipe(names, **inputs):
+    def made(names, **inputs):
         load, train = names
         prompt = {
             load: {"class_type": "Load", "inputs": {"file": inputs.pop("file", "a")}},
@@ -139,9 +141,35 @@ def test_recipes_differ_by_what_is_learned_and_not_by_what_nodes_are_called():
         }
         return {"prompt": prompt, "node": train, "pictures": "x"}
 
-    one = recipe(("1", "2"), steps=4)
-    assert differences(one, recipe(("7", "9"), steps=8, sample_every=3)) == []
-    assert differences(one, recipe(("1", "2"), file="b", rank=8)) == ["model", "rank"]
+    one = made(("1", "2"), steps=4)
+    assert differences(one, made(("7", "9"), steps=8, sample_every=3)) == []
+    assert differences(one, made(("1", "2"), file="b", rank=8)) == ["model", "rank"]
     assert differences(one, one | {"pictures": "y"}) == ["pictures"]
-    assert differences(one, recipe(("1", "2"), preservation="off")) == []  # an older version's is off, too
-    assert differences(one, recipe(("1", "2"), preservation="class word")) == ["preservation"]
+    assert differences(one, made(("1", "2"), preservation="off")) == []  # an older version's is off, too
+    assert differences(one, made(("1", "2"), preservation="class word")) == ["preservation"]
+
+
+def test_a_recipe_tells_other_control_pictures_wherever_they_are():
+    nodes = {"1": {"class_type": "LoraOpsTrain", "inputs": {}}}
+
+    def told(controls=(), **options):
+        picture = Picture("a.png", (torch.zeros(1, 2, 2),), ([[torch.zeros(1), options]],), controls=controls)
+        return recipe(nodes, "1", Dataset((picture,)))["pictures"]
+
+    one, other = torch.ones(1, 2, 2), torch.full((1, 2, 2), 2.0)
+    for before, after in (
+        ({"controls": ((one,),)}, {"controls": ((other,),)}),
+        ({REFERENCES: [one]}, {REFERENCES: [other]}),
+        ({BESIDE: one}, {BESIDE: other}),
+    ):
+        assert len({told(), told(**before), told(**after)}) == 3
+
+
+def test_whether_a_data_set_is_kept_on_disk_makes_no_difference_to_a_run():
+    def made(**inputs):
+        data = {"class_type": "LoraOpsDataset", "inputs": {"folder": "ink", "mirror": False, **inputs}}
+        train = {"class_type": "LoraOpsTrain", "inputs": {"dataset": ["1", 0]}}
+        return {"prompt": {"1": data, "2": train}, "node": "2", "pictures": "x"}
+
+    assert differences(made(cache=True), made(cache=False)) == differences(made(), made(cache=True)) == []
+    assert differences(made(cache=True), made(cache=True, mirror=True)) == ["dataset"]
