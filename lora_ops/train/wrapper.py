@@ -225,9 +225,11 @@ class Hook:
     def remove(self) -> None:
         self._turns = [turn for turn in reversed(self._turns) if not turn.end()][::-1]
 
+    def alone(self, forward: Forward, x: Tensor) -> Tensor:
+        return frozen(self.module, forward, x, self._weight_of, keeps_cast=self._wrapper.keeps_cast)
+
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
-        keeps = self._wrapper.keeps_cast
-        own = cache(lambda: frozen(self.module, forward, x, self._weight_of, keeps_cast=keeps))
+        own = cache(lambda: self.alone(forward, x))
         if not (self._trained and self._wrapper.active):
             return own()
         # The map itself comes last: where a block is computed again, that stops before its last map.
@@ -274,6 +276,11 @@ class Turn(Link):
             return self.below(x, *args, **kwargs)
         hook: Any = self.hook
         return hook.ran(self.below, x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """For what looks at the module's own output while something trains on it: with its gradient."""
+        hook: Any = self.hook
+        return hook.alone(super().bare, x)
 
 
 class _Place(NamedTuple):

@@ -47,8 +47,7 @@ class Model(Part):
     that trains along.
 
     Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
-    TrainingError for what runs live and looks at its weight: the gradient of that is not known here; and for a text
-    encoder that does not train.
+    TrainingError for a text encoder that does not train.
     """
 
     def __init__(self, model: Any, clip: Any = None) -> None:
