@@ -78,6 +78,8 @@ class Settings:
     validate_every: int = 50
     dry_run: bool = False
     preservation: Mapping[str, Any] = _choice("off")
+    offload: bool = False
+    compile: bool = False
 
     @property
     def trains_text(self) -> bool:

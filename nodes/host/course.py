@@ -12,6 +12,7 @@ from torch import nn
 
 from ...lora_ops.errors import TrainingError
 from ...lora_ops.select import family_of
+from ...lora_ops.train.compiling import INDUCTOR
 from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate
@@ -108,6 +109,8 @@ class Course:
             self.items,
             name="rehearsal",
             checkpointing=self.settings.checkpointing,
+            offload=self.settings.offload,
+            compiler=INDUCTOR if self.settings.compile else "",
             foreseen=foreseen,
             stepped=stepped,
         )

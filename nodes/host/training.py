@@ -21,6 +21,7 @@ from ...lora_ops.errors import TrainingError
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.blocks import OutOfPlace, checkpointed
+from ...lora_ops.train.compiling import compiled, failure
 from ...lora_ops.train.data import Item, widest
 from ...lora_ops.train.dataset import REFERENCES
 from ...lora_ops.train.encoders import require_known
@@ -110,10 +111,11 @@ class Model(Part):
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
         offload: Offload | None = None,
+        compiler: str = "",
     ) -> Iterator[Probe]:
         """While inside, the model is loaded with its wrapper in it, and the text encoder with its own, and they answer
         with gradients; yields what a batch like this one keeps for them under autocast. offload brings the weights of
-        the model's blocks.
+        the model's blocks; compiler is torch.compile's backend for them, if they are to be compiled.
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
@@ -126,9 +128,13 @@ class Model(Part):
                     part.put(wrapper)
                 self._enter()
                 again = checkpointed(self.network, lambda: self._out_of_place) if checkpointing else nullcontext()
-                with offloaded(offload) if offload else nullcontext(), again:
+                fast = compiled(self.network, compiler) if compiler else nullcontext()
+                with fast, offloaded(offload) if offload else nullcontext(), again:
                     with torch.autocast(device, autocast) if autocast else nullcontext():
                         found = self._examined(batch, checkpointing)
+                    if compiler and self._copying:
+                        what = "The model writes into its own tensors, which cannot be compiled."
+                        raise TrainingError(what, remedy="Turn compile off.")
                     yield found
             finally:
                 self._leave()
@@ -198,6 +204,8 @@ class Model(Part):
         """What a step of a run needs."""
         width = self.patcher.model.get_dtype_inference().itemsize
         largest = width * max(weight.numel() for weight in self.network.parameters())
+        # Cast, and laid out for its product; a CPU makes both in float32 too where it computes in half precision.
+        largest *= 4 if run.plan.autocast and self.patcher.load_device.type == "cpu" else 2
         largest += self._offload.most if self._offload else 0
         return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
 
@@ -272,6 +280,7 @@ class Model(Part):
         path: Path | None = None,
         checkpointing: bool = False,
         offload: bool = False,
+        compiler: str = "",
         foreseen: Callable[[Estimate, int], None] = lambda needed, free: None,
         stepped: Callable[[Progress, Session], None] = lambda done, session: None,
         stopped: Callable[[Session], None] = lambda session: None,
@@ -297,6 +306,9 @@ class Model(Part):
             begun = plan.go_on(where, lora, targets)
         else:
             begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
+        if compiler and plan.dropout:
+            what = "compile is on, and dropout draws its masks anew in each step, which cannot be compiled."
+            raise TrainingError(what, remedy="Turn compile off or set dropout to 0.")
         brought = offload_of(self.patcher) if offload else None
         wrappers = self.wrappers(begun, plan.dropout, keeps_cast=brought is None)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
@@ -313,6 +325,7 @@ class Model(Part):
         needed: Estimate | None = None
         try:
             more = {"checkpointing": checkpointing, "autocast": plan.autocast, "offload": brought}
+            more |= {"compiler": compiler}
             with self.running(wrappers, widest(items, plan.batch), **more) as found:
                 needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
@@ -332,6 +345,8 @@ class Model(Part):
         except BaseException as error:
             if run.step and run.whole:
                 stopped(session)
+            if compiler and (told := failure(error)):
+                raise told from error
             if not out_of_memory(error):
                 raise
             free = 0 if offload else offloadable(self.patcher)
