@@ -17,6 +17,8 @@ from harness import comfy
 from harness.comfy import PACK
 
 PYRIGHT_TIMEOUT = 300  # seconds; its first run fetches its program
+# All tests in two processes that take about as long: those in the host's own process, and all others.
+HALVES = (("tests/host",), ("tests", "--ignore=tests/host"))
 
 
 class Outcome(NamedTuple):
@@ -68,16 +70,37 @@ def pyright() -> Outcome:
 
 
 def pytest(arguments: Sequence[str]) -> list[Outcome]:
+    """All tests side by side, or in one process those that the arguments ask for."""
     _heading("pytest")
+    groups = [arguments] if arguments or os.cpu_count() == 1 else HALVES
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", f"--junitxml={report}", *arguments]
+        runs = [_Run(Path(folder) / f"{number}", group) for number, group in enumerate(groups)]
+        try:
+            return [outcome for run in runs for outcome in run.outcomes()]
+        finally:
+            for run in runs:
+                run.process.kill()
+
+
+class _Run:
+    """A pytest at work. What the first one says is shown at once, what others say when they are done."""
+
+    def __init__(self, place: Path, arguments: Sequence[str]) -> None:
+        self._report, self._said = place.with_suffix(".xml"), place.with_suffix(".txt")
+        command = [sys.executable, "-m", "pytest", f"--junitxml={self._report}", *arguments]
         # Servers and tests share the cores: threads that wait without sleeping make both many times slower.
-        status = subprocess.run(command, cwd=PACK, env={**os.environ, "OMP_WAIT_POLICY": "passive"}).returncode
-        outcomes = read_junit(report.read_text(encoding="utf-8")) if report.exists() else []
-    if status and not any(outcome.result == "failed" for outcome in outcomes):
-        outcomes.append(Outcome(f"pytest (exit status {status})", "failed"))
-    return outcomes
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        with self._said.open("wb") as said:
+            shown = None if place.name == "0" else said
+            self.process = subprocess.Popen(command, cwd=PACK, env=environment, stdout=shown, stderr=shown)
+
+    def outcomes(self) -> list[Outcome]:
+        status = self.process.wait()
+        print(self._said.read_text(encoding="utf-8", errors="replace"), end="", flush=True)
+        outcomes = read_junit(self._report.read_text(encoding="utf-8")) if self._report.exists() else []
+        if status and not any(outcome.result == "failed" for outcome in outcomes):
+            outcomes.append(Outcome(f"pytest (exit status {status})", "failed"))
+        return outcomes
 
 
 def read_junit(text: str) -> list[Outcome]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +16,8 @@ from harness.server import Server, ServerError, WorkflowError
 from harness.workflow import ConversionError, Prompt, brief, smaller, to_prompt, with_models, without_t5
 from harness.world import host as world
 from harness.world import pictures
+from lora_ops import samples
+from lora_ops.files import read_header
 
 # Where the sample LoRAs of each small model go under models/loras.
 SAMPLES = {
@@ -57,17 +57,14 @@ def main(host: Path, out: Path) -> int:
 def write_samples(models: Path, loras: Path) -> None:
     """Sample LoRAs in several dialects for the small models: SD1.5's in loras/, FLUX's in loras/flux/."""
     for model, folder in SAMPLES.items():
-        command = [sys.executable, "-m", "lora_ops.samples", str(models / model), str(loras / folder)]
+        shapes = {key: entry.shape for key, entry in read_header(models / model).entries.items()}
         (loras / folder).mkdir(parents=True, exist_ok=True)
-        subprocess.run(command, cwd=PACK, check=True, stdout=subprocess.DEVNULL)
+        samples.write_samples(shapes, loras / folder)
 
 
 def write_world(host: Path, models: Path) -> None:
     """The small world's models, for what trains."""
-    command = [sys.executable, "-m", "harness.world", "models", str(models)]
-    subprocess.run(
-        command, cwd=PACK, check=True, env={**os.environ, "COMFYUI_PATH": str(host)}, stdout=subprocess.DEVNULL
-    )
+    world.link_models(host, models)
 
 
 def tried(prompt: Prompt, base: Path, side: int = 256, steps: int = STEPS) -> Prompt:

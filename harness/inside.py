@@ -25,7 +25,14 @@ SMALLER = {
         "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
         "transformer_depth_middle": 3,
     },
+    "sd2": {"model_channels": 64},
     "flux": _FLUX,
+    "sd3": {
+        "depth": 2,
+        "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 128}},
+        "num_patches": 64,
+        "pos_embed_max_size": 8,
+    },
     "sd35_medium": {
         "depth": 2,
         "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 64, "out_features": 128}},
@@ -59,6 +66,21 @@ SMALLER = {
     },
 }
 FAMILIES = ("sd15", "sdxl", "flux")  # those that tests run over unless they say otherwise
+INPUTS = {  # of a small model: the width of its text, of its pooled text, the shape of a latent
+    "sd15": (768, 0, (4, 8, 8)),
+    "sdxl": (2048, 1280, (4, 8, 8)),
+    "sd35_medium": (64, 32, (16, 16, 16)),
+    "flux": (64, 768, (16, 16, 16)),
+    "flux2": (64, 0, (128, 8, 8)),
+    "flux2_klein": (64, 0, (128, 8, 8)),
+    "chroma": (64, 0, (16, 16, 16)),
+    "cascade_c": (1280, 1280, (16, 16, 16)),
+    "wan_t2v": (32, 0, (16, 1, 16, 16)),
+    "qwen_image": (64, 0, (16, 1, 16, 16)),
+    "lumina2": (64, 0, (16, 16, 16)),
+    "z_image": (64, 0, (16, 16, 16)),
+    "kandinsky5": (3584, 768, (16, 1, 16, 16)),
+}
 CPU = torch.device("cpu")
 
 
@@ -142,3 +164,26 @@ def call(patcher, side: int = 16) -> torch.Tensor:
             transformer_options={"wrappers": patcher.wrappers},  # as the host hands them over when it samples
             **extra,
         )
+
+
+def answer(patcher, family: str) -> torch.Tensor:
+    """One call of a small model of any family, loaded by the host, what it is told made of a conditioning by its own
+    code."""
+    import comfy.model_management
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    comfy.model_management.load_models_gpu([patcher])
+    width, pooled, shape = INPUTS[family]
+    generator = torch.Generator().manual_seed(1)
+    latent, text = torch.randn((1, *shape), generator=generator), torch.randn((1, 7, width), generator=generator)
+    options = {"pooled_output": torch.randn((1, pooled), generator=generator) if pooled else None}
+    entries = comfy.sampler_helpers.convert_cond([[text, options]])
+    extra = {"latent_image": latent, "denoise_mask": None, "seed": 0}
+    told = comfy.samplers.encode_model_conds(patcher.model.extra_conds, entries, latent, CPU, "positive", **extra)
+    conditions = {
+        name: each.process_cond(batch_size=1, area=None).cond for name, each in told[0]["model_conds"].items()
+    }
+    with torch.no_grad():
+        options = {"wrappers": patcher.wrappers}
+        return patcher.model.apply_model(latent, torch.tensor([0.5]), transformer_options=options, **conditions)

@@ -119,18 +119,19 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, timeout: float = 120) -> None:
-        """Returns when the server answers.
+    def start(self, timeout: float = 300) -> None:
+        """Returns when the server answers. One that is started again has its old address, which pages know.
 
         Raises ServerError if it does not within timeout seconds, if it dies, or if it could not import the pack.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        if not self.url:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        port = self.url.rpartition(":")[2]
         command = [
             *(self._python, "-u", "-c", LEASH, str(self.comfy / "main.py")),
-            *("--listen", "127.0.0.1", "--port", str(port)),
+            *("--listen", "127.0.0.1", "--port", port),
             # Not the one in ComfyUI's own folder: two servers would fight for its lock.
             *("--database-url", f"sqlite:///{(self.base / 'user' / 'comfyui.db').as_posix()}"),
             *("--disable-auto-launch", "--disable-api-nodes"),
@@ -149,7 +150,7 @@ class Server:
                 creationflags=subprocess.CREATE_NEW_PROCESS_GROUP if self._own and sys.platform == "win32" else 0,
             )
         deadline = time.monotonic() + timeout
-        while not self._answers():
+        while not self.answers():
             self._check_alive()
             if time.monotonic() > deadline:
                 raise ServerError(f"ComfyUI did not answer within {timeout:.0f} s.\n{self._tail()}")
@@ -171,6 +172,12 @@ class Server:
             self._process = None
         if self._temporary:
             shutil.rmtree(self.base, ignore_errors=True)
+
+    def kill(self) -> None:
+        """Ends it at once, whatever it is doing. It can be started again."""
+        if self._process:
+            self._process.kill()
+            self._process.wait()
 
     def post(self, prompt: Mapping[str, Any], timeout: float = 600) -> dict[str, Any]:
         """Runs an API prompt to its end and returns its entry in /history.
@@ -250,7 +257,7 @@ class Server:
     def _tail(self, lines: int = 25) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
         try:
             self.request("/system_stats", timeout=5)
         except OSError:

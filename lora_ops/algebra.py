@@ -47,10 +47,26 @@ def scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     if scale == 1:
         return factor.to(dtype)
     wide = torch.float32 if factor.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    if factor.device.type != "cpu" or factor.numel() <= IN_CACHE:
+        return (factor.to(wide) * scale).to(dtype)
     found = torch.empty_like(factor, dtype=dtype)
-    rows = max(1, IN_CACHE * len(factor) // factor.numel()) if factor.device.type == "cpu" else len(factor)
+    rows = max(1, IN_CACHE * len(factor) // factor.numel())
     for part, to in zip(factor.split(rows), found.split(rows), strict=True):
-        to.copy_(part.to(wide).mul_(scale))
+        to.copy_(part.to(wide) * scale)
+    return found
+
+
+def joined(factors: Sequence[Tensor], dim: int, dtype: torch.dtype, scales: Sequence[float] | None = None) -> Tensor:
+    """Factors on top of each other (dim 0) or side by side (1), in dtype, each times its scale."""
+    if len(factors) == 1:
+        return factors[0].to(dtype) if scales is None else scaled(factors[0], scales[0], dtype)
+    alike = len({each.dtype for each in factors}) == 1
+    found = torch.cat(list(factors) if alike else [each.to(dtype) for each in factors], dim).to(dtype)
+    if scales is not None and len(set(scales)) == 1:
+        found.mul_(scales[0])
+    elif scales is not None:
+        for part, scale in zip(found.split([each.shape[dim] for each in factors], dim), scales, strict=True):
+            part.mul_(scale)
     return found
 
 

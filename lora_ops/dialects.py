@@ -52,8 +52,8 @@ DIALECTS: tuple[Dialect, ...] = (
     Dialect("kohya, diffusers names", "kohya", _diffusers, flat=True),
     Dialect("onetrainer, native names", "onetrainer", _native, flat=True),
     Dialect("onetrainer", "onetrainer", _diffusers, flat=True),
-    Dialect("lycoris, native names", "lycoris", _native, flat=True),
     Dialect("lycoris", "lycoris", _diffusers, flat=True),
+    Dialect("lycoris, native names", "lycoris", _native, flat=True),
     Dialect("comfy", "comfy", _native),
     Dialect("comfy, diffusers names", "comfy", _diffusers),
     Dialect("diffusers", "diffusers", _diffusers),
@@ -78,6 +78,11 @@ class Names(Mapping[str, Named]):
     def __init__(self, spoken: Mapping[str, list[tuple[Dialect, _Spelled]]], biases: Mapping[Target, Target]) -> None:
         self._spoken = spoken  # prefix -> who uses it, for which component's names
         self._biases = biases  # of the targets that are weights
+        letters = {prefix[:1] for prefix in spoken}
+        self._by_letter = {  # a name's first letter -> the prefixes that it may begin with
+            letter: [(prefix, users) for prefix, users in spoken.items() if prefix[:1] in ("", letter)]
+            for letter in letters
+        }
 
     def __getitem__(self, name: str) -> Named:
         found = self.meanings(name)
@@ -94,7 +99,7 @@ class Names(Mapping[str, Named]):
 
     def _weights(self, name: str) -> tuple[Named, ...]:
         found: dict[Target, Named] = {}
-        for prefix, users in self._spoken.items():
+        for prefix, users in self._by_letter.get(name[:1]) or self._by_letter.get("", ()):
             if name.startswith(prefix):
                 rest = name[len(prefix) :]
                 for dialect, spelled in users:

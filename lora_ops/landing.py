@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, Additive, fused
+from .adapters import Adapter, Additive, add_all_
 from .dialects import published_map, published_maps
 from .errors import AdapterError, ShapeError, StackError, TargetError, shown
 from .families import FAMILIES
@@ -294,8 +294,7 @@ def add_(weight: Tensor, pieces: Iterable[Piece], strength: float = 1.0) -> None
     for additive, run in groupby(pieces, key=lambda piece: isinstance(piece.adapter, Additive)):
         for band, there in by_band(run) if additive else ((piece.band, [piece]) for piece in run):
             rows = weight if band is None else weight.narrow(0, band.start, band.length)
-            for adapter, factor in fused([(piece.adapter, piece.strength * strength) for piece in there], weight.dtype):
-                adapter.add_(rows, factor)
+            add_all_(rows, [(piece.adapter, piece.strength * strength) for piece in there])
 
 
 def by_band(pieces: Iterable[Piece]) -> list[tuple[Band | None, list[Piece]]]:

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ class TargetMap:
     meanings: Callable[[str], tuple[Named, ...]]  # what a name could mean, also where that is several places
     targets: tuple[Target, ...]
 
-    @property
+    @cached_property
     def parts(self) -> frozenset[str]:
         """ "model", "clip": of which the model in hand has weights."""
         return frozenset(target.part for target in self.targets)

@@ -25,7 +25,7 @@ from .lora import Target, TargetMap
 
 RANK = 4
 RELATIVE_NORM = 0.1  # of ΔW to a weight of unit-variance outputs
-USUAL = re.compile(r"attn|\.ff\.|mlp|linear[12]|proj_in|in_layers\.2")  # what trainers usually train
+USUAL = re.compile(r"attn|attention|\.ff\.|mlp|linear[12]|proj_in|in_layers\.2")  # what trainers usually train
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from ..lora_ops.train.telling import text
 from .host import datasets, folders
 from .host.api import io
 from .host.encoding import native
+from .host.seeing import WAYS
 from .widgets import LoraDatasetType, told
 
-LISTS = ("images", "captions", "masks", "latents", "conditioning")
+LISTS = ("images", "captions", "masks", "latents", "conditioning", "control_images", "control_latents")
 
 
 class LoraOpsDataset(io.ComfyNode):
@@ -43,18 +44,18 @@ class LoraOpsDataset(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder=None):
+    def validate_inputs(cls, folder=None, control_folder=None):
         """A folder that is not there is told before anything runs; None comes over a wire."""
         try:
-            for name in {*(folder or ())} - {None, folders.NONE}:
+            for name in {*(folder or ()), *(control_folder or ())} - {None, folders.NONE}:
                 folders.find(name)
         except LoraOpsError as error:
             return str(error)
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder, regularisation, **_):
-        return folders.state(*folder, *regularisation)
+    def fingerprint_inputs(cls, folder, regularisation, control_folder=(), **_):
+        return folders.state(*folder, *regularisation, *(control_folder or ()))
 
     @classmethod
     def execute(cls, **given):
@@ -81,16 +82,20 @@ class LoraOpsDataset(io.ComfyNode):
             weight=one["regularisation_weight"],
             auto=not resolutions,
             cached=one["cache"],
+            way=one.get("control_seen") or next(iter(WAYS)),
         )
         gathered, entries, conditioning = Gathered(()), [], None
         if source == "latents":
-            entries = of_latents(lists["latents"], lists["captions"], lists["conditioning"])
+            entries = of_latents(lists["latents"], lists["captions"], lists["conditioning"], lists["control_latents"])
         elif source == "images":
-            gathered = of_images(lists["images"], lists["captions"], lists["masks"])
+            gathered = of_images(lists["images"], lists["captions"], lists["masks"], lists["control_images"])
             if lists["conditioning"] is not None:
                 conditioning = each_its_own(lists["conditioning"], len(gathered.raws), "conditionings")
         else:
-            gathered = of_folder(folders.find(one["folder"]))
+            controls = one.get("control_folder") or folders.NONE
+            gathered = of_folder(
+                folders.find(one["folder"]), controls=None if controls == folders.NONE else folders.find(controls)
+            )
         regular = Gathered(())
         if one["regularisation"] != folders.NONE:
             regular = of_folder(folders.find(one["regularisation"]), f"{one['regularisation']}/")
@@ -266,6 +271,34 @@ def advanced(listed: list[str]) -> list[io.Input]:
             "made again.",
             advanced=True,
         ),
+        io.Combo.Input(
+            "control_folder",
+            options=listed,
+            default=folders.NONE,
+            optional=True,
+            tooltip="To train an edit: a folder of the pictures before it, called like those after it in folder. "
+            "none: a folder control in folder, or NAME_control.png beside.",
+            advanced=True,
+        ),
+        io.Image.Input(
+            "control_images",
+            optional=True,
+            tooltip="To train an edit: images before it, one for each of images, which are those after it.",
+        ),
+        io.Latent.Input(
+            "control_latents",
+            optional=True,
+            tooltip="To train an edit: latents before it, one for each of latents, which are those after it.",
+        ),
+        io.Combo.Input(
+            "control_seen",
+            options=list(WAYS),
+            default=next(iter(WAYS)),
+            optional=True,
+            tooltip="How Qwen-Image-Edit's text encoder sees control pictures, and so how the LoRA is used: edit plus, "
+            "as TextEncodeQwenImageEditPlus (2509 and later, up to 3 pictures); edit, as TextEncodeQwenImageEdit.",
+            advanced=True,
+        ),
     ]
 
 
@@ -287,8 +320,12 @@ def source_of(folder: str, lists: Mapping[str, Any]) -> str:
     if len(there) > 1:
         what = f"There are pictures from {' and from '.join(there)}; a data set has one source."
         raise TrainingError(what, remedy=f"Set the folder to {folders.NONE} or disconnect the others.")
-    goes = {"folder": (), "images": ("captions", "masks", "conditioning"), "latents": ("captions", "conditioning")}
-    for name in ("captions", "masks", "conditioning"):
+    goes = {
+        "folder": (),
+        "images": ("captions", "masks", "conditioning", "control_images"),
+        "latents": ("captions", "conditioning", "control_latents"),
+    }
+    for name in ("captions", "masks", "conditioning", "control_images", "control_latents"):
         if lists[name] is not None and name not in goes[there[0]]:
             raise TrainingError(f"{name} do not go with {there[0]}.", remedy=f"Disconnect {name}.")
     if lists["captions"] is not None and lists["conditioning"] is not None:
@@ -298,6 +335,9 @@ def source_of(folder: str, lists: Mapping[str, Any]) -> str:
 
 def require_used(one: Mapping[str, Any], lists: Mapping[str, Any]) -> None:
     """Raises TrainingError for what is asked for and cannot be done with what is connected."""
+    if one["folder"] == folders.NONE and one.get("control_folder", folders.NONE) != folders.NONE:
+        what = "control_folder goes with a folder, and there is none."
+        raise TrainingError(what, remedy="Connect control_images or control_latents instead.")
     texts = one["trigger_word"].strip() or one["tag_orders"] > 1
     for wire, asked, what, remedy in (
         (

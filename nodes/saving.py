@@ -162,7 +162,8 @@ class LoraOpsSaveLora(io.ComfyNode):
                     "layout",
                     options=[layout.name for layout in LAYOUTS],
                     tooltip="Whose names it is written in. kohya: sd-scripts and most programs. comfy: the model's own "
-                    "names. diffusers. peft: a folder with its adapter_config.json, for one network.",
+                    "names. diffusers. peft: a folder with its adapter_config.json, for one network. lycoris: "
+                    "LyCORIS' and SimpleTuner's, which have names for parts of fused weights (FLUX's q, k and v).",
                 ),
                 io.Combo.Input(
                     "dtype",

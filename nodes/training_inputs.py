@@ -133,15 +133,9 @@ def _basic() -> list[io.Input]:
         ),
         _choice(
             "text_encoder",
-            {
-                "off": [],
-                "on": [
-                    _nested_float(
-                        "learning_rate", 0.000005, 0.0, 10.0, 0.000001, "Its own; usually far below the model's."
-                    )
-                ],
-            },
-            "on: CLIP learns too, with the dataset's captions. Connect clip.",
+            {"off": [], "on": [_text_rate()], "with t5": [_text_rate()]},
+            "on: CLIP learns too, with the dataset's captions. with t5: and T5 (SD3, FLUX.1, Chroma), which is large. "
+            "Connect clip.",
         ),
         io.String.Input(
             "sample_prompts",
@@ -316,6 +310,33 @@ def _advanced() -> list[io.Input]:
             tooltip="Measures one step and tells memory and time; trains and writes nothing.",
             **OPTIONAL,
         ),
+        _choice(
+            "preservation",
+            {
+                "off": [],
+                "class word": [
+                    io.String.Input(
+                        "class_word",
+                        default="",
+                        tooltip="What stands for the trigger word: dog for a certain dog. Empty: captions without the "
+                        "trigger word, for a style.",
+                    ),
+                    io.String.Input(
+                        "trigger_word",
+                        default="",
+                        tooltip="The word of the captions that means what is learned. Empty: the data set's.",
+                    ),
+                    _nested_float(
+                        "weight", 1.0, 0.01, 100.0, 0.05, "How much it counts beside the pictures (1: as much)."
+                    ),
+                ],
+                "regularisation pictures": [],
+            },
+            "Keeps what the model makes of other prompts: what it answers without the LoRA is learned too. class word: "
+            "to each picture's caption with a class word for its trigger word, in the same step, which takes 2 to 3 "
+            "times as long; connect clip. regularisation pictures: to those of the data set, instead of the pictures.",
+            **OPTIONAL,
+        ),
     ]
 
 
@@ -348,6 +369,10 @@ def _choice(
         tooltip=tooltip,
         extra_dict={"advanced": True} if advanced else None,
     )
+
+
+def _text_rate() -> io.Input:
+    return _nested_float("learning_rate", 0.000005, 0.0, 10.0, 0.000001, "Its own; usually far below the model's.")
 
 
 def _initial() -> list[io.Input]:

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import random
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -15,17 +16,20 @@ import torch
 from harness import comfy, inside
 from harness.comfy import PACK
 from harness.environment import cache
-from harness.server import MOUNT, link
+from harness.server import MOUNT
 
 from . import host, pictures, reading
+
+STEPS = (1000, 1000, 140)  # of the trainings, one after the other; the metadata of the kept weights says what differed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m harness.world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train the weights anew and keep them in the repository")
-    train.add_argument("--steps", type=int, required=True)
-    train.add_argument("--more", action="store_true", help="go on from the kept weights")
+    train.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of each training; the next one goes on")
+    train.add_argument("--more", action="store_true", help="let the first one go on, too, from the kept weights")
+    train.add_argument("--out", type=Path, default=host.MODELS / host.MODEL, help="where the weights are kept")
     sample = commands.add_parser("sample", help="draw captions and say what the pictures show")
     sample.add_argument("--caption", action="append", help="as often as you like; without one, 40 that it never saw")
     sample.add_argument("--seed", type=int, default=0)
@@ -46,13 +50,12 @@ def main() -> None:
     path = comfy.find()
     if path is None:
         raise SystemExit("ComfyUI not found: set COMFYUI_PATH")
+    if asked.command == "models":
+        host.link_models(path, asked.folder)
+        return
     inside.mount(path)
     if asked.command == "train":
-        _train(path, asked.steps, asked.more)
-    elif asked.command == "models":
-        there = host.models(path)
-        for file in there.rglob("*.safetensors"):
-            link(file, asked.folder / file.relative_to(there))
+        _train(path, asked.steps, asked.more, asked.out)
     elif asked.command == "claims":
         _measure(path, asked.only, asked.steps, asked.out)
     else:
@@ -81,14 +84,16 @@ def _measure(path: Path, only: list[str] | None, steps: int, out: Path) -> None:
     claims.measure(path, only or list(claims.CLAIMS), steps, out)
 
 
-def _train(path: Path, steps: int, more: bool) -> None:
+def _train(path: Path, steps: Sequence[int], more: bool, out: Path) -> None:
     from . import training
 
     files = importlib.import_module(f"{MOUNT}.lora_ops.files")
     text = _cached_embeddings(path, [*(scene.caption for scene in pictures.split()[0]), ""])
-    start = files.read(host.MODELS / host.MODEL) if more else None
-    before = f"{start.metadata['steps']}, " if start else ""
-    training.train(text, steps, partial(_keep, before), start.tensors if start else None)
+    start = files.read(out) if more else None
+    for number in steps:
+        before = f"{start.metadata['steps']}, " if start else ""
+        training.train(text, number, partial(_keep, out, before), start.tensors if start else None)
+        start = files.read(out)
 
 
 def _cached_embeddings(path: Path, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,10 +118,9 @@ def _cached_embeddings(path: Path, captions: list[str]) -> tuple[torch.Tensor, t
     return found["tokens"], found["pooled"]
 
 
-def _keep(before: str, weights: dict[str, torch.Tensor], steps: int) -> None:
+def _keep(target: Path, before: str, weights: dict[str, torch.Tensor], steps: int) -> None:
     """before are the steps of each training that the weights had until then."""
     files = importlib.import_module(f"{MOUNT}.lora_ops.files")
-    target = host.MODELS / host.MODEL
     target.parent.mkdir(parents=True, exist_ok=True)
     told = {
         "made_by": "python -m harness.world train",

@@ -21,7 +21,7 @@ from torch.nn.functional import avg_pool2d
 from bench.report import machine
 
 from . import graph, pictures, reading
-from .lab import Lab, Marks, changes, frame, framed, has_frame, relative
+from .lab import Lab, Marks, Shot, changes, frame, framed, has_frame, relative
 from .pictures import Scene
 
 RANKS = (1, 8, 32)
@@ -34,6 +34,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "MLPs": ("*_mlp.*", "*.proj_mlp", "*.linear2"),
     "all weights": ("*",),
 }
+KNOWN = {"colour": "red", "shape": "circle"}  # a figure that the base can paint, by a scene's fields
 SHOWN = 10  # pictures in a row
 COUNT = 8  # of each kind, drawn through the graph
 GRAPH: Mapping[str, Any] = {  # Train LoRA's inputs
@@ -265,6 +266,38 @@ def targets(study: Study) -> Claim:
     )
 
 
+def identity(study: Study) -> Claim:
+    """The trigger word for a figure that the base can paint, on grounds where it can be seen."""
+    lab, rows, sheet, found = study.lab, [], [], {}
+    asked, learned = ([scene for scene in each if scene.ground != KNOWN["colour"]] for each in (lab.zorps, lab.learned))
+    meant = [scene._replace(**KNOWN) for scene in asked]
+    shots = [Shot(scene.caption, pictures.draw(scene._replace(**KNOWN))) for scene in learned]
+    for name, patterns in (("none", None), ("queries and keys", TARGETS["queries and keys"]), ("all weights", ("*",))):
+        model = lab.put(lab.learn(shots, steps=study.steps, patterns=patterns)) if patterns else lab.base
+        shown, others = (lab.draw(model, scenes) for scenes in (asked, lab.others))
+        found[name] = {
+            "red circles": reading.share(shown, meant, "colour", "shape"),
+            "their place": reading.share(shown, meant, "place"),
+            "their ground": reading.share(shown, meant, "texture", "ground"),
+            "other captions": reading.agreement(others, lab.others)["all"],
+        }
+        rows.append({"targets": name, **{title: f"{share:.0%}" for title, share in found[name].items()}})
+        sheet.append(shown)
+    before, few, every = found.values()
+    return Claim(
+        "Queries and keys alone transfer an identity, while pose and composition stay with the base: so it is said of "
+        "what a model can paint already, which a zorp is not. Here the word zorp comes to mean a red circle.",
+        f"With queries and keys alone {few['red circles']:.0%} of the pictures show a red circle (none trained: "
+        f"{before['red circles']:.0%}, all weights: {every['red circles']:.0%}), {few['their place']:.0%} at the place "
+        f"and {few['their ground']:.0%} on the ground that the caption says. Other captions are drawn right in "
+        f"{few['other captions']:.0%} (all weights: {every['other captions']:.0%}).",
+        few["red circles"] > before["red circles"] + 0.3 and min(few["their place"], few["their ground"]) > 0.6,
+        rows,
+        sheet,
+        list(found),
+    )
+
+
 def preservation(study: Study) -> Claim:
     lab = study.lab
     shots = lab.shots(lab.learned)
@@ -418,6 +451,7 @@ CLAIMS: Mapping[str, Callable[[Study], Claim]] = {
     "rank": rank,
     "truncation": truncation,
     "targets": targets,
+    "identity": identity,
     "masked": masked,
     "alpha": alpha,
     "files": files,

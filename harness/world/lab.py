@@ -92,9 +92,11 @@ class Lab:
         patterns: Sequence[str] = ("*",),
         rate: float = 4e-3,
         foreseen: Callable[[Any, int], None] = lambda needed, free: None,
+        stepped: Callable[[Any, Any], None] = lambda done, session: None,
         **plan: Any,
     ) -> Any:
-        """A Lora. patterns are selectors' without a factor, none for attention's projections."""
+        """A Lora. patterns are selectors' without a factor, none for attention's projections. For foreseen and stepped
+        see Model.learn."""
         places, plans, select = (self.pack(f"lora_ops.{name}") for name in ("train.places", "train.plan", "select"))
         aims = tuple(places.Aim(select.Pattern.parse(text), rank, alpha) for text in patterns)
         descent = self.pack("lora_ops.train.optimizers").Descent(rate=rate, schedule="cosine", warmup=10)
@@ -115,7 +117,7 @@ class Lab:
                 for number, shot in enumerate(shots)
             ]
             made = plans.Plan(steps=steps, aims=aims or (places.Aim(None, rank, alpha),), **chosen)
-            return model.learn(made, items, name="zorp", foreseen=foreseen)
+            return model.learn(made, items, name="zorp", foreseen=foreseen, stepped=stepped)
 
     def put(self, lora: Any, strength: float = 1.0, mode: str = "patch") -> Any:
         """A MODEL with the LoRA on it, as our nodes put it."""

@@ -49,6 +49,12 @@ def agreement(shown: Sequence[Tensor], meant: Sequence[Scene]) -> dict[str, floa
     return {name: sum(right) / len(right) for name, right in each.items()}
 
 
+def share(shown: Sequence[Tensor], meant: Sequence[Scene], *properties: str) -> float:
+    """Of pictures that are right in all of these properties."""
+    pairs = zip(map(read, shown), meant, strict=True)
+    return sum(all(getattr(a, name) == getattr(b, name) for name in properties) for a, b in pairs) / len(shown)
+
+
 def _ground(cells: Tensor) -> tuple[str, str, Tensor]:
     """The texture and colour of the ground that most cells are like: no figure hides half of it."""
     names, grounds = _grounds()

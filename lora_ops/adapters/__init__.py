@@ -7,10 +7,9 @@ spelling table of `lora_ops/lora.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 
-import torch
 from torch import Tensor
 
 from ..errors import AdapterError
@@ -64,13 +63,10 @@ def _build(factors: Mapping[str, Tensor]) -> Adapter:
     raise AdapterError(f"has {', '.join(foreign)}: no algebra of this version applies it")
 
 
-def fused(terms: Sequence[Term], dtype: torch.dtype) -> Iterator[Term]:
-    """Terms (adapter, strength) on one weight, in order, with neighbours of one algebra made one where they can be.
-
-    Order counts at each Transform; between two of them the sum is the same in any order.
-    """
+def add_all_(rows: Tensor, terms: Sequence[Term]) -> None:
+    """Put terms (adapter, strength) on a weight (or band) in place, in order, neighbours of one algebra together."""
     for algebra, there in groupby(terms, key=lambda term: type(term[0])):
-        yield from algebra.join(list(there), dtype)
+        algebra.add_all_(rows, list(there))
 
 
 __all__ = [
@@ -89,6 +85,6 @@ __all__ = [
     "LowRank",
     "PeftIA3",
     "Transform",
+    "add_all_",
     "build",
-    "fused",
 ]

@@ -66,9 +66,10 @@ class Adapter(ABC):
         """Change a weight (or band) in place: not at all at strength 0, wholly at 1, else on the line through both."""
 
     @classmethod
-    def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
-        """Terms (adapter, strength) of this algebra on one weight, as fewer with the same sum where that is cheaper."""
-        return terms
+    def add_all_(cls, rows: Tensor, terms: Sequence[tuple[Self, float]]) -> None:
+        """add_ for each of the terms (adapter, strength), all of this algebra, in order."""
+        for adapter, strength in terms:
+            adapter.add_(rows, strength)
 
     @abstractmethod
     def packed(self) -> tuple[Any, ...]:

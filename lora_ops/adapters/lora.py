@@ -7,9 +7,10 @@ in `down`, `up` is 1×1. LyCORIS' Tucker form (use_tucker, https://arxiv.org/abs
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from typing_extensions import Self
 
 from .. import algebra
 from ..errors import ShapeError
-from .base import Additive, Product, Term, alpha_of, require_matrices, require_shape
+from .base import Additive, Product, alpha_of, require_matrices, require_shape
+
+BLOCK = 1 << 21  # numbers of a joined left side at a time: fresh memory for all of it would cost more than the copying
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,40 +58,25 @@ class LowRank(Additive):
         return (self.scale * algebra.product(self.up.to(dtype), self._inner(dtype).to(dtype))).reshape(shape)
 
     def add_(self, rows: Tensor, strength: float) -> None:
-        """In one pass over the weight: the product is never built."""
-        flat = rows.reshape(rows.shape[0], -1)
-        if rows.dtype.itemsize < 4:  # there a scaled factor would be rounded more than the sum is
-            up, down = self.up.flatten(1).to(rows.dtype), self._inner(rows.dtype).to(rows.dtype)
-            flat.addmm_(up, down, alpha=strength * self.scale)
-        else:
-            flat.addmm_(*self._scaled(strength, rows.dtype))
-        if flat.data_ptr() != rows.data_ptr():  # memory that cannot be seen as a matrix (channels last)
-            rows.copy_(flat.reshape(rows.shape))
+        self.add_all_(rows, [(self, strength)])
 
     @classmethod
-    def join(cls, terms: Sequence[Term], dtype: torch.dtype) -> Sequence[Term]:
-        """As one LoRA, in one pass over the weight: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …]."""
-        lows = [(adapter, strength) for adapter, strength in terms if isinstance(adapter, LowRank)]
-        if len(lows) < 2:
-            return terms
-        wide = torch.promote_types(dtype, torch.float32)
-        inner = [adapter._inner(wide) for adapter, _ in lows]
-        ranks, shape = [len(each) for each in inner], (len(lows[0][0].up), inner[0].shape[1])
-        up = inner[0].new_empty((shape[0], sum(ranks)), dtype=wide)
-        down = inner[0].new_empty((sum(ranks), shape[1]), dtype=wide)
-        places = zip(up.split(ranks, dim=1), down.split(ranks), strict=True)
-        for (adapter, strength), below, (left, right) in zip(lows, inner, places, strict=True):
-            left.copy_(adapter.up.flatten(1))
-            right.copy_(below)
-            (left if shape[0] < shape[1] else right).mul_(strength * adapter.scale)
-        return [(cls(up, down), 1.0)]
-
-    def _scaled(self, strength: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """up and down as matrices in dtype, scale and strength in the smaller of them."""
-        up, down, factor = self.up.flatten(1), self._inner(dtype), strength * self.scale
-        if up.numel() < down.numel():
-            return algebra.scaled(up, factor, dtype), down.to(dtype)
-        return up.to(dtype), algebra.scaled(down, factor, dtype)
+    def add_all_(cls, rows: Tensor, terms: Sequence[tuple[Any, float]]) -> None:
+        """As one LoRA, in one pass over the weight: Σ sᵢ Bᵢ Aᵢ = [s₁B₁ s₂B₂ …] · [A₁; A₂; …]. The product is never
+        built, and of the left side no more than a block."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        ups, downs = [each.up.flatten(1) for each, _ in terms], [each._inner(wide) for each, _ in terms]
+        scales = [strength * each.scale for each, strength in terms]
+        flat = rows.reshape(rows.shape[0], -1)
+        if rows.dtype.itemsize < 4 and len(terms) == 1:  # there a scaled factor would be rounded more than the sum is
+            flat.addmm_(ups[0].to(rows.dtype), downs[0].to(rows.dtype), alpha=scales[0])
+        else:  # the scales go into the smaller side
+            left, right = (scales, None) if flat.shape[0] < flat.shape[1] else (None, scales)
+            down = algebra.joined(downs, 0, wide, right).to(rows.dtype)
+            for block, parts in _blocks(flat, ups):
+                block.addmm_(algebra.joined(parts, 1, wide, left).to(rows.dtype), down)
+        if flat.data_ptr() != rows.data_ptr():  # memory that cannot be seen as a matrix (channels last)
+            rows.copy_(flat.reshape(rows.shape))
 
     def _inner(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """All below up as a matrix: down in its own dtype, or a mid folded into it in this one, in float32 at least."""
@@ -134,6 +122,14 @@ class LowRank(Additive):
 
     def scaled(self, rows: Tensor) -> Mapping[str, Tensor]:
         return {"up": algebra.scaled_rows(self.up, rows)}
+
+
+def _blocks(rows: Tensor, ups: Sequence[Tensor]) -> Iterable[tuple[Tensor, Sequence[Tensor]]]:
+    """Rows of a weight with those of the factors, as many at a time as BLOCK allows; one factor is never copied."""
+    count = max(1, BLOCK // sum(up.shape[1] for up in ups))
+    if len(ups) == 1 or len(rows) <= count:
+        return [(rows, ups)]
+    return zip(rows.split(count), zip(*(up.split(count) for up in ups), strict=True), strict=True)
 
 
 def _zero(factor: Tensor) -> bool:

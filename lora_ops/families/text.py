@@ -75,11 +75,13 @@ def _t5_shapes(*, vocabulary: int = 32128, biases: int = 1) -> Shapes:
 
 
 def prefixes(host: str, diffusers: str, *kohya: str) -> Mapping[str, tuple[str, ...]]:
-    """Prefixes in LoRA files of the text encoder that the host, diffusers and kohya call so."""
+    """Prefixes in LoRA files of the text encoder that the host, diffusers and kohya call so. LyCORIS, which has no name
+    of its own for it, calls it as kohya does."""
     unnamed = () if host.startswith("clip_") else ("text_encoders.transformer.",)  # the host tells CLIPs apart
     return {
         "comfy": (f"text_encoders.{host}.transformer.", f"{host}.transformer.", f"{host}.", *unnamed),
         "kohya": kohya,
+        "lycoris": kohya,
         "diffusers": (f"{diffusers}.",),
         "peft": ("base_model.model.", f"{diffusers}.base_model.model."),
     }
@@ -105,8 +107,7 @@ CLIP_L_ALONE = replace(CLIP_L, prefixes=prefixes("clip_l", "text_encoder", "lora
 CLIP_L_SECOND = replace(
     CLIP_L,
     prefixes={
-        **CLIP_L.prefixes,
-        "kohya": ("lora_te2_", "lora_te1_", "lora_te_"),
+        **prefixes("clip_l", "text_encoder", "lora_te2_", "lora_te1_", "lora_te_"),
         "diffusers": ("text_encoder_2.", "text_encoder."),
     },
 )
@@ -142,8 +143,8 @@ T5_SECOND = Component(
 # Beside CLIP-L and CLIP-G (Stable Diffusion 3) all count it as the third.
 T5_THIRD = replace(T5_SECOND, prefixes=prefixes("t5xxl", "text_encoder_3", "lora_te3_"))
 
-# Chroma: kohya keeps FLUX.1's number.
-T5_ALONE = replace(T5_SECOND, prefixes=prefixes("t5xxl", "text_encoder", "lora_te_", "lora_te1_", "lora_te3_"))
+# Chroma: kohya keeps FLUX.1's number; the host reads the first.
+T5_ALONE = replace(T5_SECOND, prefixes=prefixes("t5xxl", "text_encoder", "lora_te1_", "lora_te_", "lora_te3_"))
 
 UMT5 = Component(
     part="clip",

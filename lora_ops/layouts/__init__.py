@@ -38,6 +38,16 @@ LAYOUTS: tuple[Layout, ...] = (
     # diffusers refuses a file that has alpha tensors beside its configuration.
     Layout("diffusers", ".lora_B.weight", ".lora_A.weight", "", "diffusers"),
     Layout("peft", ".lora_B.weight", ".lora_A.weight", "", "diffusers", folder=True),
+    # Parts of what is fused in the model's own names, of any algebra: diffusers' modules as LyCORIS calls them
+    # (LycorisNetwork.LORA_PREFIX), and SimpleTuner, which trains with it.
+    Layout(
+        name="lycoris",
+        up=".lora_up.weight",
+        down=".lora_down.weight",
+        alpha=".alpha",
+        implementation="https://github.com/KohakuBlueleaf/LyCORIS",
+        alpha_needed=True,
+    ),
 )
 
 
@@ -126,9 +136,7 @@ def laid_out(
     Raises TargetError or AdapterError, naming file and module, if anything of the LoRA would be left out or overflow.
     """
     try:
-        written = tuple(
-            _rounded(module, dtype) for module in modules(lora, layout, family, shapes or family.published())
-        )
+        written = tuple(_rounded(module, dtype) for module in modules(lora, layout, family, shapes or None))
     except LoraOpsError as error:
         error.file = lora.name
         raise

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..alpha import ADAPTER_CONFIG
 
+RANKED = ("down", "hada_w1_b", "lokr_w1", "lokr_w1_b", "glora_a2")  # of factors that an alpha scales
 _MAGNITUDE = ".lora_magnitude_vector"
 # LyCORIS' words, which kohya's scripts and ComfyUI know
 _WORDS = {
@@ -35,6 +36,7 @@ class Layout:
     alpha: str  # suffix of the alpha tensor; "" where a configuration says alpha
     implementation: str  # whose names these are, in ModelSpec's words
     folder: bool = False  # PEFT's: a file and its configuration, for one network
+    alpha_needed: bool = False  # its readers fail without an alpha wherever there is a rank
 
     @property
     def words(self) -> Mapping[str, str]:

@@ -63,7 +63,8 @@ def _passed(pieces: Sequence[Piece], target: Target) -> Factors:
     (piece, *others), rows = pieces, target.rows
     adapter, have = piece.adapter, piece.band or Band(0, target.shape[0])
     if others or overlap(have, rows) != rows:
-        raise AdapterError(f"is {adapter.ALGEBRA} for a part of this layout's module, and only LoRA is fused.")
+        what = f"is {adapter.ALGEBRA} for a part of this layout's module, and only LoRA is fused."
+        raise AdapterError(what, remedy="Choose the layout lycoris, which has names for parts.")
     if have != rows:
         adapter = adapter.narrowed(rows.start - have.start, rows.length)
     if target.swap:

@@ -6,13 +6,13 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from ..dialects import DIALECTS, target_map
+from ..dialects import DIALECTS, published_map, target_map
 from ..errors import AdapterError, LoraOpsError, TargetError, shown
 from ..families import Family, Shapes
 from ..landing import Landing, Piece, land
 from ..lora import BIAS, Band, Lora, Target, TargetMap
 from ..stack import PARTS, Entry
-from .base import Factors, Layout, Module
+from .base import RANKED, Factors, Layout, Module
 from .factors import alpha_of, factors, overlap
 
 PEFT_PREFIX = "base_model.model."  # PEFT looks for these names only
@@ -25,16 +25,16 @@ class _Spelled(NamedTuple):
     name: str
 
 
-def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes) -> Iterator[Module]:
-    """Every module of the file to be, in the order of the source's.
+def modules(lora: Lora, layout: Layout, family: Family, shapes: Shapes | None) -> Iterator[Module]:
+    """Every module of the file to be, in the order of the source's. shapes are None for the published model's.
 
     Raises TargetError or AdapterError, naming the module, if anything of the LoRA would be left out.
     """
     _require_readable(lora)
-    targets = target_map(family, shapes)
+    targets = target_map(family, shapes) if shapes else published_map(family)
     landing = land([Entry(lora, dict.fromkeys(PARTS, 1.0))], targets)
     _require_landed(landing, family)
-    spelled = _spelled(layout, family, shapes, targets, landing.pieces.keys())
+    spelled = _spelled(layout, family, shapes or family.published(), targets, landing.pieces.keys())
     (row,) = landing.rows
     source = {(target.part, target.key): module for module, (target, _) in row.landed.items()}
     networks: set[str] = set()
@@ -69,6 +69,8 @@ def _in_words(found: Factors, pieces: Sequence[Piece], layout: Layout) -> Factor
             inputs = [1] * (magnitude.ndim - 2)
             tensors["magnitude"] = tensors.pop("dora_scale").reshape(*([1, -1, *inputs] if inputs else [-1]))
             alpha = alpha_of(pieces[0].adapter.scale, found.rank)
+    if layout.alpha_needed and alpha is None and any(name in tensors for name in RANKED):
+        alpha = float(found.rank)
     if tensors.keys() - layout.words or (alpha is None and not layout.alpha):
         names = ", ".join(sorted({piece.adapter.ALGEBRA for piece in pieces}))
         raise AdapterError(f"is {names} ({', '.join(tensors)}), which the layout '{layout.name}' cannot hold.")

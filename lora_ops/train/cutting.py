@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import FileError, TrainingError
 from .buckets import Size, bucket, lost
-from .pixels import Pixels, cut, cut_mask, opacity
+from .pixels import Pixels, alike, cropped, cut, cut_mask, opacity
 
 TRANSPARENCY = "transparency"
 MASKS = ("files", TRANSPARENCY, "off")
@@ -45,6 +46,33 @@ class Raw:
     caption: str | None = None
     repeats: int = 1
     mask: Callable[[], Pixels] | None = None
+    controls: tuple[Callable[[], Pixels], ...] = ()
+
+
+class Control(NamedTuple):
+    """A picture to edit, by the SHA-256 of what it is read from, and the size that it is cut to."""
+
+    read: Callable[[], Pixels]
+    sha256: str
+    size: Size
+
+    def pixels(self) -> Tensor:
+        """(1, height, width, 3), 0..1, in this size."""
+        with _of_control():
+            return cut(self.read(), self.size)
+
+    def whole(self) -> Tensor:
+        """(1, height, width, 3), 0..1: the same part of it, not scaled."""
+        with _of_control():
+            return cropped(self.read(), self.size)
+
+
+@contextmanager
+def _of_control() -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        raise FileError(f"its control picture {error.what}", remedy=error.remedy) from error
 
 
 class Part(NamedTuple):
@@ -54,6 +82,7 @@ class Part(NamedTuple):
     picture: Pixels
     mask: Pixels | None
     mask_of: str
+    controls: tuple[Control, ...] = ()
 
     @property
     def lost(self) -> float:
@@ -72,17 +101,35 @@ class Part(NamedTuple):
 def parts(raw: Raw, how: How) -> tuple[Part, ...]:
     """A picture as it is learned from, once for each size that its resolutions come to.
 
-    Raises FileError for a picture or mask that cannot be used.
+    A control picture of its shape is cut like it, another one to a bucket of its own. Raises FileError for a picture,
+    mask or control picture that cannot be used.
     """
     picture = raw.read()
     mask = raw.mask() if raw.mask and how.masks != "off" else None
     mask_of = mask.sha256 if mask else TRANSPARENCY if how.masks == TRANSPARENCY else ""
-    sizes = (bucket(picture.size, each, how.step, aspects=how.aspects, enlarge=how.enlarge) for each in how.resolutions)
-    found = [size for size in dict.fromkeys(sizes) if size is not None]
-    if not found:
+    with _of_control():
+        controls = [(read, read()) for read in raw.controls]
+
+    def control(read: Callable[[], Pixels], found: Pixels, size: Size, resolution: int) -> Control:
+        with _of_control():
+            own = size if alike(found.size, picture.size) else _size(found, resolution, how)
+            return Control(read, found.sha256, own)
+
+    sizes: dict[Size, int] = {}
+    for resolution in how.resolutions:
+        sizes.setdefault(_size(picture, resolution, how), resolution)
+    return tuple(
+        Part(size, picture, mask, mask_of, tuple(control(*each, size, resolution) for each in controls))
+        for size, resolution in sizes.items()
+    )
+
+
+def _size(picture: Pixels, resolution: int, how: How) -> Size:
+    size = bucket(picture.size, resolution, how.step, aspects=how.aspects, enlarge=how.enlarge)
+    if size is None:
         what = f"is {picture.size.text} pixels, smaller than {how.step}×{how.step}."
         raise FileError(what, remedy="Use a larger picture, or let it be enlarged.")
-    return tuple(Part(size, picture, mask, mask_of) for size in found)
+    return size
 
 
 def small(part: Part, how: How) -> bool:

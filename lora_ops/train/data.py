@@ -19,6 +19,18 @@ class Guise(NamedTuple):
     latent: Tensor
     condition: Any
     mask: Tensor | None
+    weight: float
+    of_base: bool
+    beside: Guise | None
+
+
+class Guises(tuple[Any, ...]):
+    """A condition that is another one with each latent of an item: it shows something that is mirrored with it."""
+
+
+def of_guise(condition: Any, latent: int) -> Any:
+    """A condition as it goes with the latent of this number."""
+    return condition[latent] if isinstance(condition, Guises) else condition
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +41,8 @@ class Item:
 
     masks weigh places (1, …): none, or one a latent. In an epoch an item comes repeats times. weight is for
     regularisation pictures: the loss of prior preservation is so many times as much. of_base: it should stay what the
-    base model makes of it, whatever the latent. Raises TrainingError for what does not fit together.
+    base model makes of it, whatever the latent. beside is an item of as many latents and conditions, of which every
+    step that takes this one takes the same, with the same noise. Raises TrainingError for what does not fit together.
     """
 
     latents: tuple[Tensor, ...]
@@ -40,18 +53,25 @@ class Item:
     repeats: int = 1
     weight: float = 1.0
     of_base: bool = False
+    beside: Item | None = None
 
     def __post_init__(self) -> None:
         if not self.latents or not self.conditions or self.repeats < 1:
             raise TrainingError("A picture has a latent and a condition at least, and comes once at least.")
         if len({latent.shape for latent in self.latents}) != 1:
             raise TrainingError("The latents of one picture are of different shapes.")
+        if any(isinstance(each, Guises) and len(each) != len(self.latents) for each in (*self.conditions, self.empty)):
+            raise TrainingError(f"A picture of {len(self.latents)} latents has a condition in other guises.")
         if self.masks and len(self.masks) != len(self.latents):
             raise TrainingError(f"A picture has {len(self.masks)} masks for {len(self.latents)} latents.")
         if not all(bool((mask > 0).any()) for mask in self.masks):
             raise TrainingError("A picture's mask leaves nothing of it.", remedy="Leave the picture or its mask out.")
         if not 0 <= self.dropout <= 1 or (self.dropout and self.empty is None):
             raise TrainingError("Captions are left out with a probability from 0 to 1, for the condition of no text.")
+        if self.beside and any(
+            len(getattr(self, of)) != len(getattr(self.beside, of)) for of in ("latents", "conditions")
+        ):
+            raise TrainingError("What is learned beside a picture has other latents or conditions.")
 
     @property
     def shape(self) -> torch.Size:
@@ -60,11 +80,20 @@ class Item:
     def guise(self, draws: Generator | None = None) -> Guise:
         """The one that a generator draws; without one the first, as held-out pictures come."""
         if draws is None:
-            return Guise(self.latents[0], self.conditions[0], self.masks[0] if self.masks else None)
+            return self._guise(0, 0)
         latent, condition = (int(torch.randint(len(of), (), generator=draws)) for of in (self.latents, self.conditions))
         dropped = float(torch.rand((), generator=draws, dtype=torch.float64)) < self.dropout
-        mask = self.masks[latent] if self.masks else None
-        return Guise(self.latents[latent], self.empty if dropped else self.conditions[condition], mask)
+        return self._guise(latent, condition, dropped=dropped)
+
+    def _guise(self, latent: int, condition: int, *, dropped: bool = False) -> Guise:
+        return Guise(
+            self.latents[latent],
+            of_guise(self.empty if dropped else self.conditions[condition], latent),
+            self.masks[latent] if self.masks else None,
+            self.weight,
+            self.of_base,
+            self.beside and self.beside._guise(latent, condition),
+        )
 
 
 def widest(items: Sequence[Item], batch: int) -> list[Item]:
@@ -89,9 +118,9 @@ def batches(items: Sequence[Item], batch: int, accumulate: int, seed: int, step:
 
 def _shapes(items: Sequence[Item]) -> list[list[int]]:
     """The items that can be of one batch, by number, each as often as it repeats."""
-    shapes: dict[tuple[tuple[int, ...], bool, bool], list[int]] = {}
+    shapes: dict[tuple[tuple[int, ...], bool, bool, bool], list[int]] = {}
     for number, item in enumerate(items):
-        key = tuple(item.shape), not item.masks, item.of_base
+        key = tuple(item.shape), not item.masks, item.of_base, item.beside is None
         shapes.setdefault(key, []).extend([number] * item.repeats)
     if not shapes:
         raise TrainingError("There is nothing to learn from.", remedy="Give at least one picture.")

@@ -2,8 +2,8 @@
 
 The host runs nodes in inference mode, whose weights cannot be kept for backward; and where it casts, moves or
 de-quantises a weight for each call, keeping it would cost a copy of the model. Here the weight is asked for again when
-the gradient comes back, and only the input's shape is kept. Where autocast makes a smaller one of it, that is kept: to
-make it twice takes longer than the product.
+the gradient comes back, and only the input's shape is kept. Where autocast makes a smaller one of it, that is kept if
+it may be: to make it twice takes longer than the product.
 """
 
 from __future__ import annotations
@@ -34,37 +34,46 @@ def is_map(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or hasattr(module, "in_features")
 
 
-def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf) -> Tensor:
-    """forward(x), where forward is the module's own; its gradient is that of the module's map alone."""
+def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf, *, keeps_cast: bool = True) -> Tensor:
+    """forward(x), where forward is the module's own; its gradient is that of the module's map alone. keeps_cast:
+    whether it keeps the weight that autocast makes."""
     if not (x.requires_grad and torch.is_grad_enabled()):
         return forward(x)
-    found = _Frozen.apply(x, module, forward, weight_of)
+    found = _Frozen.apply(x, module, forward, weight_of, keeps_cast)
     assert isinstance(found, Tensor)
     return found
 
 
 class _Frozen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module, forward: Forward, weight_of: WeightOf) -> Tensor:  # pyright: ignore
+    def forward(  # pyright: ignore
+        ctx: Any, x: Tensor, module: nn.Module, forward: Forward, weight_of: WeightOf, keeps_cast: bool
+    ) -> Tensor:
         ctx.module, ctx.weight_of, ctx.shape, ctx.dtype = module, weight_of, x.shape, x.dtype
-        smaller = _smaller(module, x)
+        smaller = _smaller(module, x) if keeps_cast else None
         if smaller is None:
-            return forward(x.detach())
+            return _whole(forward(x.detach()))
         weight, bias = weight_of(module, x.new_empty(0, dtype=smaller))
         ctx.save_for_backward(weight)
         x = x.detach().to(smaller)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             convolved: Any = module._conv_forward
             return convolved(x, weight, bias)
-        return functional.linear(x, weight, bias)
+        return _whole(functional.linear(x, weight, bias))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore
         (weight,) = ctx.saved_tensors or (None,)
         if weight is None:
             weight, _ = ctx.weight_of(ctx.module, grad)
-        return _transposed(ctx.module, weight, grad, ctx.shape).to(ctx.dtype), None, None, None
+        return _transposed(ctx.module, weight, grad, ctx.shape).to(ctx.dtype), None, None, None, None
+
+
+def _whole(y: Tensor) -> Tensor:
+    """The same tensor and no view: a model may add to it in place, as FLUX does to its text."""
+    storage: Any = y
+    return y.new_empty(0).set_(storage) if y._is_view() else y
 
 
 def _smaller(module: nn.Module, x: Tensor) -> torch.dtype | None:

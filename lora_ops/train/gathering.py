@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import TrainingError, shown
 from .buckets import Size
 from .captions import orders, triggered
-from .cutting import Raw
+from .cutting import Control, Raw
 from .folder import read_folder
 from .pixels import of_mask, of_tensor, read_pixels
 
@@ -48,12 +48,14 @@ class Entry(NamedTuple):
     condition: Any | None = None
     repeats: int = 1
     regularisation: bool = False
+    controls: tuple[tuple[Tensor, ...], ...] = ()  # those of each latent
+    seen: tuple[Control, ...] = ()  # what the text encoder is shown, instead
 
 
-def of_folder(folder: Path, before: str = "") -> Gathered:
-    """The pictures of a folder; before is put before their names. Raises TrainingError where there is none, FileError
-    like read_folder."""
-    found = read_folder(folder)
+def of_folder(folder: Path, before: str = "", controls: Path | None = None) -> Gathered:
+    """The pictures of a folder; before is put before their names. Raises TrainingError where there is none, and like
+    read_folder."""
+    found = read_folder(folder, controls)
     if not found.sources:
         what = f"The folder '{shown(folder.name)}' holds no picture."
         if found.left_out:
@@ -67,23 +69,38 @@ def of_folder(folder: Path, before: str = "") -> Gathered:
             each.caption,
             each.repeats,
             partial(read_pixels, each.mask) if each.mask else None,
+            tuple(partial(read_pixels, control) for control in each.controls),
         )
         for each in found.sources
     )
     return Gathered(raws, tuple((before + name, why) for name, why in found.left_out))
 
 
-def of_images(images: Sequence[Tensor], captions: Sequence[str] | None, masks: Sequence[Tensor] | None) -> Gathered:
-    """The pictures of IMAGEs (batch, height, width, channels), with one caption and mask each, or one caption for all.
+def of_images(
+    images: Sequence[Tensor],
+    captions: Sequence[str] | None,
+    masks: Sequence[Tensor] | None,
+    controls: Sequence[Tensor] | None = None,
+) -> Gathered:
+    """The pictures of IMAGEs (batch, height, width, channels), with one caption, mask and control picture each, or one
+    for all.
 
     Raises TrainingError for another number of them.
     """
     every = [image for batch in images for image in batch]
     texts = each_its_own(captions, len(every), "captions")
     masked = each_its_own(None if masks is None else [mask for batch in masks for mask in batch], len(every), "masks")
+    before = None if controls is None else [control for batch in controls for control in batch]
+    paired = each_its_own(before, len(every), "control pictures")
     raws = (
-        Raw(f"image {n + 1}", partial(of_tensor, image), text, mask=None if mask is None else partial(of_mask, mask))
-        for n, (image, text, mask) in enumerate(zip(every, texts, masked, strict=True))
+        Raw(
+            f"image {n + 1}",
+            partial(of_tensor, image),
+            text,
+            mask=None if mask is None else partial(of_mask, mask),
+            controls=() if control is None else (partial(of_tensor, control),),
+        )
+        for n, (image, text, mask, control) in enumerate(zip(every, texts, masked, paired, strict=True))
     )
     return Gathered(tuple(raws))
 
@@ -99,9 +116,13 @@ def each_its_own(values: Sequence[Any] | None, count: int, what: str) -> Sequenc
 
 
 def of_latents(
-    latents: Sequence[Mapping[str, Any]], captions: Sequence[str] | None, conditioning: Sequence[Any] | None
+    latents: Sequence[Mapping[str, Any]],
+    captions: Sequence[str] | None,
+    conditioning: Sequence[Any] | None,
+    controls: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Entry]:
-    """What LATENTs bring, with a conditioning or caption each, or one for all. A noise mask is a mask.
+    """What LATENTs bring, with a conditioning or caption each, or one for all, and so the latents of control pictures.
+    A noise mask is a mask.
 
     conditioning may be CONDITIONINGs, or lists of them as core's Resolution Bucket gives. Raises TrainingError for
     another number of them, and for neither or both.
@@ -113,9 +134,21 @@ def of_latents(
     every = [(sample, _noise_mask(wire, n)) for wire in latents for n, sample in enumerate(wire["samples"])]
     texts = each_its_own(captions, len(every), "captions")
     conditions = each_its_own(flat, len(every), "conditionings")
+    before = None if controls is None else [sample for wire in controls for sample in wire["samples"]]
+    paired = each_its_own(before, len(every), "control latents")
     return [
-        Entry(f"latent {n + 1}", (latent,), () if mask is None else (mask,), None, text, condition)
-        for n, ((latent, mask), text, condition) in enumerate(zip(every, texts, conditions, strict=True))
+        Entry(
+            f"latent {n + 1}",
+            (latent,),
+            () if mask is None else (mask,),
+            None,
+            text,
+            condition,
+            controls=() if control is None else ((control,),),
+        )
+        for n, ((latent, mask), text, condition, control) in enumerate(
+            zip(every, texts, conditions, paired, strict=True)
+        )
     ]
 
 

@@ -222,17 +222,19 @@ def _gradients(
     total, position = torch.zeros((), dtype=torch.float64), 0
     for number, part in enumerate(parts):
         places = range(position, position + len(part))
-        noises = [generator(plan.seed, "noise", step, place) for place in places]
         run.drop(Draw(plan.seed, step, number))
         now = moments[position : position + len(part)]
-        there = [items[each] for each in part]
         guises = [
-            each.guise(generator(plan.seed, "guise", step, place)) for each, place in zip(there, places, strict=True)
+            items[n].guise(generator(plan.seed, "guise", step, place)) for n, place in zip(part, places, strict=True)
         ]
-        with around():
-            loss = _loss(run, there, guises, now, noises, predict, sampling, timesteps).sum() / count
-            (loss if run.scaler is None else run.scaler.scale(loss)).backward()
-        total += loss.detach().cpu().double()
+        for there in (guises, [each.beside for each in guises if each.beside]):
+            if not there:
+                continue
+            noises = [generator(plan.seed, "noise", step, place) for place in places]
+            with around():
+                loss = _loss(run, there, now, noises, predict, sampling, timesteps).sum() / count
+                (loss if run.scaler is None else run.scaler.scale(loss)).backward()
+            total += loss.detach().cpu().double()
         position += len(part)
     run.drop(None)
     return float(total)
@@ -240,7 +242,6 @@ def _gradients(
 
 def _loss(
     run: Run,
-    items: Sequence[Item],
     guises: Sequence[Guise],
     moments: Tensor,
     noises: Sequence[Generator],
@@ -248,7 +249,7 @@ def _loss(
     sampling: Sampling,
     timesteps: Timesteps,
 ) -> Tensor:
-    """The loss of each item of a batch (batch,)."""
+    """The loss of each guise of a batch (batch,)."""
     device, objective = device_of(run.parameters), run.plan.objective
     latent = torch.stack([guise.latent for guise in guises]).to(device, torch.float32)
     sigma = timesteps.sigmas(sampling, moments, *latent.shape[-2:])
@@ -259,13 +260,13 @@ def _loss(
     x, conditions = noisy(sampling, sigma, noise, latent), [guise.condition for guise in guises]
     wanted = target(found, noise, latent)
     with torch.autocast(device.type, run.plan.autocast) if run.plan.autocast else nullcontext():
-        if items[0].of_base:
+        if guises[0].of_base:
             with torch.no_grad(), run.base_only():
                 wanted = predict(x, sigma, conditions).float()
         answer = predict(x, sigma, conditions)
     masks = [guise.mask for guise in guises if guise.mask is not None]
     mask = torch.stack(masks).to(device) if masks else None
-    weight = torch.tensor([item.weight for item in items], device=device)
+    weight = torch.tensor([guise.weight for guise in guises], device=device)
     return losses(objective, found, answer, wanted, mask) * weight
 
 
@@ -277,7 +278,7 @@ def validate(run: Run, items: Sequence[Item], predict: Predict, sampling: Sampli
             for place, moment in enumerate(MOMENTS):
                 noise = generator(run.plan.seed, "held out", number, place)
                 now = torch.tensor([moment], dtype=torch.float64)
-                total += float(_loss(run, [item], [item.guise()], now, [noise], predict, sampling, timesteps))
+                total += float(_loss(run, [item.guise()], now, [noise], predict, sampling, timesteps))
     return total / (len(items) * len(MOMENTS))
 
 

@@ -1,4 +1,4 @@
-"""Memory: what a step will need, and blocks that are computed again instead of kept."""
+"""Memory: what a step will need beside the model."""
 
 from __future__ import annotations
 
@@ -10,29 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from .frozen import is_map
 from .optimizers import Descent
-
-# What x += y calls, which autograd forbids where x is kept for the backward pass -> what leaves x as it is. Python
-# gives the result to the name on the left, so a block that adds in place and returns what it made goes on with the sum.
-_IN_PLACE: Mapping[Any, Any] = {
-    Tensor.add_: Tensor.add,
-    Tensor.sub_: Tensor.sub,
-    Tensor.mul_: Tensor.mul,
-    Tensor.div_: Tensor.div,
-}
-
-
-class OutOfPlace(TorchFunctionMode):
-    """While inside, augmented assignments of tensors make new ones. Who calls add_ and drops its result loses it: a
-    model must be seen to answer the same."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _IN_PLACE.get(func, func)(*args, **(kwargs or {}))
 
 
 class Probe(NamedTuple):
@@ -46,14 +26,14 @@ class Probe(NamedTuple):
 
 def probe(forward: Callable[[], Tensor]) -> Probe:
     """Run a forward pass that keeps nothing: it needs the memory of one without gradients."""
-    probing = _Probing()
-    writes, token = _Writes(probing.outside.storages), _probing.set(probing)
+    now = Probing()
+    writes, token = _Writes(now), probing.set(now)
     try:
-        with probing.outside.counting(), writes:
+        with now.outside.counting(), writes:
             result = forward().detach()
     finally:
-        _probing.reset(token)
-    return Probe(probing.outside.total + probing.largest, writes.found, result)
+        probing.reset(token)
+    return Probe(now.outside.total + now.largest, writes.found, result)
 
 
 class _Kept:
@@ -71,6 +51,10 @@ class _Kept:
             self.storages[storage._cdata] = StorageWeakRef(storage)
             self.total += storage.nbytes()
 
+    def holds(self, tensor: Tensor) -> bool:
+        there = self.storages.get(tensor.untyped_storage()._cdata)
+        return there is not None and not there.expired()
+
     def counting(self) -> AbstractContextManager[Any]:
         return torch.autograd.graph.saved_tensors_hooks(self.keep, _no_backward)
 
@@ -79,38 +63,42 @@ def _no_backward(_: None) -> Tensor:
     raise AssertionError("a probe has no backward pass")
 
 
-class _Probing:
+class Probing:
     """A probe under way: what is kept outside of blocks that are computed again, and the most that one of these keeps
     while it is."""
 
     def __init__(self) -> None:
-        self.outside, self.largest = _Kept(), 0
+        self.outside, self.inside, self.largest = _Kept(), _Kept(), 0
 
     def block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):  # what a checkpoint keeps
                 self.outside.keep(value)
-        inside = _Kept()
-        with inside.counting():
+        self.inside = _Kept()
+        with self.inside.counting():
             result = forward(*args, **kwargs)
-        self.largest = max(self.largest, inside.total)
+        self.largest, self.inside = max(self.largest, self.inside.total), _Kept()
         return result
 
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the backward pass will look at what is in a tensor now."""
+        return self.outside.holds(tensor) or self.inside.holds(tensor)
 
-_probing: ContextVar[_Probing | None] = ContextVar("_probing", default=None)
+
+probing: ContextVar[Probing | None] = ContextVar("probing", default=None)
 
 
 @contextmanager
 def copying() -> Iterator[None]:
     """While inside, what is kept for the backward pass is a copy, which nobody writes over: for small models that write
     into their tensors anywhere."""
-    probing = _probing.get()
+    now = probing.get()
 
     def pack(tensor: Tensor) -> Tensor | None:
         kept = tensor if tensor.is_leaf and tensor.requires_grad else tensor.detach().clone()
-        if probing is None:
+        if now is None:
             return kept
-        probing.outside.keep(kept)
+        now.outside.keep(kept)
         return None
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _kept):
@@ -122,72 +110,15 @@ def _kept(tensor: Tensor | None) -> Tensor:
 
 
 class _Writes(TorchDispatchMode):
-    def __init__(self, kept: Mapping[int, StorageWeakRef]) -> None:
+    def __init__(self, there: Probing) -> None:
         super().__init__()
-        self._kept, self.found = kept, False
+        self._there, self.found = there, False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
-                there = self._kept.get(value.untyped_storage()._cdata)
-                self.found |= there is not None and not there.expired()
+                self.found |= self._there.holds(value)
         return func(*args, **(kwargs or {}))
-
-
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the outermost modules in its lists that hold several maps."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            found += _members(child)
-        elif not is_map(child):
-            found += blocks(child)
-    return found
-
-
-def _members(container: nn.Module) -> Iterator[nn.Module]:
-    for child in container.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
-            yield from _members(child)
-        elif sum(map(is_map, child.modules())) > 1:
-            yield child
-
-
-@contextmanager
-def checkpointed(model: nn.Module) -> Iterator[int]:
-    """While inside, the model's blocks are computed again in the backward pass; yields how many there are.
-
-    Dropout draws the same again (wrapper.Draw), so no random state is kept. They run OutOfPlace: a block that adds in
-    place would find its inputs overwritten when it is computed again, which autograd does not notice.
-    """
-    there = blocks(model)
-    before = [block.__dict__.get("forward") for block in there]
-    for block in there:
-        block.forward = _again(block.forward)
-    try:
-        yield len(there)
-    finally:
-        for block, forward in zip(there, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
-
-
-def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def once(*args: Any, **kwargs: Any) -> Any:
-        with OutOfPlace():  # here, since the backward pass has modes, and perhaps a thread, of its own
-            return forward(*args, **kwargs)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        probing = _probing.get()
-        if probing is not None:
-            return probing.block(once, *args, **kwargs)
-        return checkpoint(once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return run
 
 
 STATES: Mapping[str, float] = {  # bytes an optimizer keeps for each of a float32 parameter
@@ -210,8 +141,10 @@ class Estimate(NamedTuple):
     def total(self) -> int:
         return self.activations + self.parameters
 
-    def advice(self, *, checkpointing: bool, batch: int) -> str:
-        """The setting that frees most."""
+    def advice(self, *, checkpointing: bool, batch: int, offloadable: int = 0) -> str:
+        """The setting that frees most. offloadable are the bytes of weights on the device that offload would free."""
+        if offloadable > max(self.activations, self.parameters):
+            return "Turn on offload: it keeps the model's weights in main memory, which frees most."
         if self.activations >= self.parameters:
             if not checkpointing:
                 return "Turn on checkpointing: it frees most of what is kept for the backward pass."

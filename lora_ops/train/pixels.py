@@ -24,7 +24,7 @@ from .buckets import Size, box
 LARGEST = 100_000_000  # pixels of a picture
 THUMB = 192  # pixels of a thumbnail's side
 COLUMNS = 6
-SHAPE = 0.02  # by how much the shapes of a picture and its mask may differ, after rounding
+SHAPE = 0.02  # by how much the shapes of two pictures that belong together may differ, after rounding
 LINES = 2  # of a caption below a thumbnail
 DIMMED = 0.25  # how bright a sheet shows what a mask leaves out
 ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values for a picture on its side
@@ -100,10 +100,19 @@ def _plain(image: Image.Image) -> Image.Image:
 
 def cut(pixels: Pixels, size: Size) -> Tensor:
     """A picture (1, height, width, 3) of this size, 0..1, from its middle; what is transparent is white."""
-    image = pixels.image
-    if image.mode == "RGBA":
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-    return _tensor(_scaled(image, pixels.size, size))[None]
+    return _tensor(_scaled(_opaque(pixels.image), pixels.size, size))[None]
+
+
+def cropped(pixels: Pixels, size: Size) -> Tensor:
+    """What cut takes of a picture, as large as it is there, to whole pixels."""
+    left, top, right, bottom = map(round, box(pixels.size, size))
+    return _tensor(_opaque(pixels.image).crop((left, top, right, bottom)))[None]
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
 
 
 def cut_mask(mask: Pixels, picture: Size, size: Size) -> Tensor:
@@ -111,11 +120,15 @@ def cut_mask(mask: Pixels, picture: Size, size: Size) -> Tensor:
 
     Raises FileError for one of another shape.
     """
-    shape = mask.size.width / mask.size.height
-    if abs(math.log(shape * picture.height / picture.width)) > SHAPE:
+    if not alike(mask.size, picture):
         what = f"the mask is {mask.size.text}, the picture {picture.text}."
         raise FileError(what, remedy="Make a mask of the picture's shape.")
     return _tensor(_scaled(mask.image.convert("L"), mask.size, size))[None, None]
+
+
+def alike(one: Size, other: Size) -> bool:
+    """Whether two pictures are of one shape, but for rounding."""
+    return abs(math.log(one.width * other.height / (one.height * other.width))) <= SHAPE
 
 
 def opacity(pixels: Pixels) -> Pixels | None:
@@ -141,12 +154,18 @@ class Thumb(NamedTuple):
     caption: str
 
 
-def thumb(picture: Tensor, mask: Tensor | None, caption: str) -> Thumb:
-    """A small one of a cut picture (1, height, width, 3), what its mask (…, h, w) leaves out dimmed."""
+def thumb(picture: Tensor, mask: Tensor | None, caption: str, before: Sequence[Tensor] = ()) -> Thumb:
+    """A small one of a cut picture (1, height, width, 3), what its mask (…, h, w) leaves out dimmed; to its left those
+    that it is made of."""
     height, width = picture.shape[1:3]
     if mask is not None:
         whole = torch.nn.functional.interpolate(mask.reshape(1, 1, *mask.shape[-2:]), (height, width))
         picture = picture * (DIMMED + (1 - DIMMED) * whole[0, 0, :, :, None])
+    for each in reversed(before):
+        own = (height, round(each.shape[2] * height / each.shape[1]))
+        small = torch.nn.functional.interpolate(each.movedim(-1, 1), own, mode="bilinear", antialias=True)
+        picture = torch.cat([small.movedim(1, -1), picture], 2)
+    width = picture.shape[2]
     image, larger = of_tensor(picture[0]).image, THUMB // max(height, width)
     if larger > 1:
         image = image.resize((width * larger, height * larger), Image.Resampling.NEAREST)

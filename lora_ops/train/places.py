@@ -14,6 +14,7 @@ from ..select import Pattern, Selector, choose
 # text encoders, too.
 PROJECTIONS = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.to_query", "*.to_key", "*.to_value", "*.out_layer")
 TEXT_PROJECTIONS = ("*.q_proj", "*.k_proj", "*.v_proj", "*.out_proj")
+TEXT_PROJECTIONS += tuple(f"*.SelfAttention.{name}" for name in "qkvo")  # T5's
 
 
 @dataclass(frozen=True)

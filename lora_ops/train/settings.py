@@ -12,6 +12,7 @@ import torch
 from ..errors import TrainingError, shown
 from ..lora import TargetMap
 from ..select import LIMIT, Pattern, decimal
+from .encoders import text_aims
 from .objectives import Objective
 from .optimizers import Descent
 from .places import Aim
@@ -76,6 +77,7 @@ class Settings:
     masked: bool = True
     validate_every: int = 50
     dry_run: bool = False
+    preservation: Mapping[str, Any] = _choice("off")
 
     @property
     def trains_text(self) -> bool:
@@ -93,7 +95,7 @@ class Settings:
         return Plan(
             steps=self.steps,
             aims=aims(self.targets, self.rank, alpha, targets),
-            text_aims=(Aim(None, self.rank, alpha),) if self.trains_text else (),
+            text_aims=text_aims(self.text_encoder["key"], self.rank, alpha, targets),
             algebra="lora" if adapter == "rs-lora" else adapter,
             initial=self.adapter.get("initial", "gaussian"),
             rank_stabilised=adapter == "rs-lora",

@@ -27,6 +27,7 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
     if (captions := report["captions"]) is not None:
         yield _captions(captions)
     details = [f"{report['masks']} with a mask"] if report["masks"] else []
+    details += [f"{controls} with control pictures"] if (controls := report["controls"]) else []
     details += ["the mirror images too"] if report["mirrored"] else []
     details += [f"captions left out {report['dropout']:.0%} of the time"] if report["dropout"] else []
     if details:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -51,10 +52,12 @@ class Wrapper:
         taken_off: Mapping[Place, Adapter] | None = None,
         dropout: float = 0.0,
         weight_of: WeightOf = stored_weight,
+        keeps_cast: bool = True,
     ) -> None:
         self.draw: Draw | None = None  # None: nothing is dropped
         self.active = True
         self.dropout = dropout
+        self.keeps_cast = keeps_cast  # whether maps keep the weights that autocast makes of theirs
         there: dict[str, list[Trained]] = {}
         for place, adapter in adapters.items():
             each = Trained(place, adapter, (taken_off or {}).get(place))
@@ -223,29 +226,36 @@ class Hook:
         self._turns = [turn for turn in reversed(self._turns) if not turn.end()][::-1]
 
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
-        y = frozen(self.module, forward, x, self._weight_of)
+        keeps = self._wrapper.keeps_cast
+        own = cache(lambda: frozen(self.module, forward, x, self._weight_of, keeps_cast=keeps))
         if not (self._trained and self._wrapper.active):
-            return y
+            return own()
+        # The map itself comes last: where a block is computed again, that stops before its last map.
+        updates = [self._update(each, x, own) for each in self._trained]
+        y, axis = own(), self._kind.axis
         if self._trained[0].place.target.band is None:
-            return self._with(self._trained[0], x, y)
+            return y + updates[0].to(y.dtype)
         sizes: list[int] = []  # of the rows that train and of those between, in turns
         for each in self._trained:
             rows = each.place.target.rows
             sizes += [rows.start - sum(sizes), rows.length]
-        axis = self._kind.axis
         parts = list(y.split([*sizes, y.shape[axis] - sum(sizes)], axis))
-        for number, each in enumerate(self._trained):
-            parts[2 * number + 1] = self._with(each, x, parts[2 * number + 1])
+        for number, update in enumerate(updates):
+            parts[2 * number + 1] = parts[2 * number + 1] + update.to(y.dtype)
         return torch.cat(parts, axis)
 
-    def _with(self, each: Trained, x: Tensor, y: Tensor) -> Tensor:
-        """y, the output of its rows, with its update."""
+    def _update(self, each: Trained, x: Tensor, own: Callable[[], Tensor]) -> Tensor:
+        """What is added to the output of its rows. own gives the map's output."""
+        rows = each.place.target.rows
+
+        def y() -> Tensor:
+            return own().narrow(self._kind.axis, rows.start, rows.length)
+
         place = _Place(self._kind, each, lambda like: self._rows(each, like), self._wrapper)
         if each.taken_off is None:
-            return y + place.update(each.adapter, x, y).to(y.dtype)
-        for part in parts(each.adapter, each.taken_off):
-            y = y + place.update(part, x, y).to(y.dtype)
-        return y
+            return place.update(each.adapter, x, y)
+        first, second = parts(each.adapter, each.taken_off)
+        return place.update(first, x, y) + place.update(second, x, y)
 
     def _rows(self, each: Trained, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight of an adapter's rows, and their bias."""
@@ -274,12 +284,12 @@ class _Place(NamedTuple):
     rows: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     wrapper: Wrapper
 
-    def update(self, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+    def update(self, adapter: Adapter, x: Tensor, y: Callable[[], Tensor]) -> Tensor:
         if isinstance(adapter, Additive):
             return self._additive(adapter, self._dropped(x))
         weight, bias = self.rows(self._magnitude(adapter) if isinstance(adapter, DoRA) else x.new_empty(0))
         if isinstance(adapter, DoRA):
-            return self._dora(adapter, weight, bias, x, y)
+            return self._dora(adapter, weight, bias, x, y())
         assert isinstance(adapter, Transform)
         weight = weight.clone() if weight.is_inference() else weight
         return self.kind.run(x, adapter.changed(weight) - weight)

@@ -1,5 +1,6 @@
 """The caches: parsed LoRA files, so that a changed strength reads no file again; the hashes of their tensors; live
-hooks, so that a changed strength makes none; the hashes of text encoders and VAEs; how runs of training went."""
+hooks, so that a changed strength makes none; the hashes of text encoders and VAEs; runs of training and how they
+went."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ from ...lora_ops.train import history
 from ...lora_ops.words import TriggerWords, trigger_words
 
 BUDGET = 2 << 30  # bytes of tensors kept; the least recently used go first
+RUNS = 32  # of this process; older ones are read from their folders again
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +103,17 @@ def report_of(name: str, path: str, state: str) -> Report:
 
 
 weights: WeakKeyDictionary[Any, str] = WeakKeyDictionary()  # module -> the hash of its weights (shelf.weights_key)
+
+
+runs: OrderedDict[str, Any] = OrderedDict()  # id -> Run, the one begun last at the end
+
+
+def keep_run(run: Any) -> None:
+    """Keep a run that begins, in place of the one that it goes on with."""
+    runs[run.id] = run
+    runs.move_to_end(run.id)
+    while len(runs) > RUNS:
+        runs.popitem(last=False)
 
 
 @lru_cache(maxsize=1024)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import comfy.model_management
 import torch
 from torch import nn
 
@@ -15,11 +16,14 @@ from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate
 from ...lora_ops.train.objectives import coefficients, weights
+from ...lora_ops.train.preserving import preserved
 from ...lora_ops.train.presets import choose
 from ...lora_ops.train.randomness import generator
 from ...lora_ops.train.settings import Settings
+from .encoding import conditions_of
 from .previews import Previews, prepared
-from .trainable import require_trainable
+from .shelf import shelf
+from .trainable import paired, require_trainable
 from .training import Finish, Model, Session
 
 REHEARSED = 3  # steps of a dry run: the first one is slow
@@ -53,10 +57,17 @@ class Course:
         self.chosen = choose(settings.preset, self.family, self.model.sampling, guided=guided)
         self.plan = settings.plan(self.chosen, self.targets)
         self.places = self.plan.places(self.targets)
-        dataset = wires.dataset if settings.masked else _without_masks(wires.dataset)
+        dataset = preserved(wires.dataset, settings.preservation, self._encoded)
+        dataset = dataset if settings.masked else _without_masks(dataset)
         self.items, self.held_out = self.model.items(dataset, settings.guidance or self.chosen.guidance)
         self._require_possible()
-        self.previews = self._previews(dataset)
+        self.previews = self._previews(paired(wires.model.model, dataset))
+
+    def _encoded(self, texts: Sequence[str]) -> Mapping[str, Any]:
+        def told(done: int, of: int) -> None:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        return conditions_of(self.wires.clip, texts, shelf(), told).conditions
 
     def _require_possible(self) -> None:
         """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take."""

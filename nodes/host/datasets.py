@@ -14,17 +14,20 @@ from torch import Tensor
 from ...lora_ops.errors import TrainingError, shown
 from ...lora_ops.train.buckets import Size
 from ...lora_ops.train.cutting import How
-from ...lora_ops.train.dataset import Dataset, Picture
+from ...lora_ops.train.data import Guises
+from ...lora_ops.train.dataset import Dataset, Picture, controls_in
 from ...lora_ops.train.gathering import Entry, Gathered, Wording, held_out, masked
 from ...lora_ops.train.pixels import Thumb, sheet, thumb
 from . import encoding
 from .progress import Meter
+from .seeing import Eye, Sight, sees
 from .shelf import shelf
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the node is asked for. source is for messages; auto: the resolution was chosen here."""
+    """What the node is asked for. source is for messages; auto: the resolution was chosen here; way is how a text
+    encoder is shown control pictures, one of seeing.WAYS."""
 
     source: str
     how: How
@@ -36,6 +39,7 @@ class Asked:
     weight: float = 1.0
     auto: bool = False
     cached: bool = True
+    way: str = "edit plus"
 
     def texts(self, caption: str | None, regularisation: bool) -> tuple[str, ...]:
         """A picture for regularisation shows what the trigger word does not mean."""
@@ -62,6 +66,11 @@ def made(
 
     conditioning, where there is one, is of each picture gathered. Raises TrainingError where nothing is left.
     """
+    if sees(clip) and any(entry.controls and entry.condition is None for entry in entries):
+        what = "The text encoder is shown the control pictures, and there are latents of them alone."
+        raise TrainingError(
+            what, remedy="Connect images and control_images, or conditionings of TextEncodeQwenImageEdit."
+        )
     kept = shelf() if asked.cached else None
     thumbs = [_of_latent(entry) for entry in entries[: encoding.THUMBS]]
     every, pictures = list(entries), encoding.Pictures(left_out=list(gathered.left_out))
@@ -69,9 +78,9 @@ def made(
     for of, regularisation in ((gathered, False), (regular, True)):
         if of.raws:
             with Meter(node_id, "Encoding pictures", "pictures") as meter:
-                found = encoding.latents_of(
-                    vae, of.raws, asked.how, kept, meter, partial(_shown, asked, regularisation)
-                )
+                shown = partial(_shown, asked, regularisation)
+                seen = sees(clip) and (regularisation or conditioning is None)
+                found = encoding.latents_of(vae, of.raws, asked.how, kept, meter, shown, seen=seen)
             every += [
                 Entry(
                     each.raw.name,
@@ -82,6 +91,8 @@ def made(
                     None if regularisation else wires.get(each.raw.name),
                     each.raw.repeats,
                     regularisation,
+                    each.controls,
+                    each.seen,
                 )
                 for each in found.encoded
             ]
@@ -97,24 +108,42 @@ def made(
     usable = [entry for entry in usable if entry.name not in empty]
     if all(entry.regularisation for entry in usable):
         raise _nothing(asked, pictures)
-    return Made(_dataset(asked, usable, pictures, clip, kept, node_id), sheet(thumbs[: encoding.THUMBS]))
+    return Made(_dataset(asked, usable, pictures, vae, clip, kept, node_id), sheet(thumbs[: encoding.THUMBS]))
 
 
 def _dataset(
-    asked: Asked, entries: Sequence[Entry], pictures: encoding.Pictures, clip: Any, kept: Any, node_id: Any
+    asked: Asked, entries: Sequence[Entry], pictures: encoding.Pictures, vae: Any, clip: Any, kept: Any, node_id: Any
 ) -> Dataset:
+    wired = any(_is_shown(entry, clip) for entry in entries)
+    dropout = asked.dropout if clip is not None and not wired else 0.0
+    eye = Eye(asked.way, vae, encoding.settings_of(vae)) if any(entry.seen for entry in entries) else None
+
     def texts_of(entry: Entry) -> tuple[str, ...]:
         return () if entry.condition is not None else asked.texts(entry.caption, entry.regularisation)
 
-    texts = [text for entry in entries for text in texts_of(entry)]
-    dropout = asked.dropout if clip is not None else 0.0
+    def prompts_of(entry: Entry, text: str) -> list[str | Sight]:
+        """What the text encoder reads with each latent, or with all."""
+        if eye is None or not entry.seen:
+            return [text]
+        return [Sight(entry.name, text, entry.seen, n > 0, eye) for n in range(len(entry.latents))]
+
+    def condition_of(entry: Entry, text: str) -> Any:
+        found = Guises(encoded.conditions[prompt] for prompt in prompts_of(entry, text))
+        return found if len(found) > 1 else found[0]
+
+    def empty_of(entry: Entry) -> Any:
+        return condition_of(entry, "") if dropout and entry.seen else None
+
+    empty = [""] if dropout else []
+    prompts = [each for entry in entries for text in texts_of(entry) for each in prompts_of(entry, text)]
+    prompts += [each for entry in entries for text in empty if entry.seen for each in prompts_of(entry, text)]
     with Meter(node_id, "Encoding captions", "captions") as meter:
-        encoded = encoding.conditions_of(clip, [*texts, *([""] if dropout else [])], kept, meter)
+        encoded = encoding.conditions_of(clip, [*prompts, *empty], kept, meter)
     apart = held_out((entry.name for entry in entries if not entry.regularisation), asked.share)
 
     def picture(entry: Entry) -> Picture:
         captions = texts_of(entry)
-        conditions = tuple(encoded.conditions[text] for text in captions) or (entry.condition,)
+        conditions = tuple(condition_of(entry, text) for text in captions) or (entry.condition,)
         return Picture(
             entry.name,
             entry.latents,
@@ -125,6 +154,8 @@ def _dataset(
             asked.weight if entry.regularisation else 1.0,
             None if entry.size is None else (entry.size.height, entry.size.width),
             entry.regularisation,
+            entry.controls,
+            empty_of(entry),
         )
 
     learned = [picture(entry) for entry in entries if entry.regularisation or entry.name not in apart]
@@ -132,6 +163,8 @@ def _dataset(
     notes = []
     if asked.dropout and clip is None:
         notes.append("captions are never left out: that needs a CLIP")
+    elif asked.dropout and wired:
+        notes.append("captions are never left out: the conditionings show control pictures")
     for name, patched in (("VAE", pictures.patched), ("CLIP", encoded.patched)):
         if patched:
             notes.append(f"the {name} is patched: what it makes is not kept, and made anew each time")
@@ -176,12 +209,20 @@ def _report(
         if texts
         else None,
         "masks": len({each.name for each in (*learned, *looked_at) if each.masks}),
+        "controls": len({each.name for each in entries if each.controls or each.seen}),
         "mirrored": asked.how.mirrored,
         "dropout": dropout,
         "small": pictures.small,
         "cropped": pictures.cropped,
         "left_out": [list(each) for each in pictures.left_out],
     }
+
+
+def _is_shown(entry: Entry, clip: Any) -> bool:
+    """Whether a conditioning that came over a wire shows control pictures, or may: without its text is another one."""
+    if entry.condition is None:
+        return False
+    return bool(controls_in(entry.condition) or (entry.controls and sees(clip)))
 
 
 def _shown(asked: Asked, regularisation: bool, raw: Any) -> str:

@@ -19,8 +19,9 @@ from torch import Tensor
 from ...lora_ops.errors import FileError, TrainingError, shown
 from ...lora_ops.train.ahead import ahead
 from ...lora_ops.train.buckets import Size
-from ...lora_ops.train.cutting import How, Part, Raw, parts, small
+from ...lora_ops.train.cutting import Control, How, Part, Raw, parts, small
 from ...lora_ops.train.pixels import Thumb, thumb
+from .seeing import Sight
 from .shelf import Shelf, Unknown, key, packed, unpacked, weights_key
 
 VERSION = 1  # of how pictures are cut and read: another one finds nothing on the shelf
@@ -28,18 +29,21 @@ AHEAD = 3  # pictures read while one is encoded
 THUMBS = 24
 CASCADE = 42  # pixels of a picture that Stable Cascade's stage C has in one, unless told otherwise
 MUCH = 0.25  # share of a picture cut off from which it is told
-PLAIN, MIRRORED, MASK = "latent", "mirrored", "mask"
+PLAIN, MIRRORED, MASK, CONTROL = "latent", "mirrored", "mask", "control"
 
 Told = Callable[[int, int], None]  # (done, of)
 
 
 class Encoded(NamedTuple):
-    """A picture in one size: its latents, its mirror image's second, and its masks (1, …, height, width) of theirs."""
+    """A picture in one size: its latents, its mirror image's second, and its masks (1, …, height, width) and the
+    latents of its control pictures with each; or else seen, those that the text encoder will be shown."""
 
     raw: Raw
     size: Size
     latents: tuple[Tensor, ...]
     masks: tuple[Tensor, ...]
+    controls: tuple[tuple[Tensor, ...], ...]
+    seen: tuple[Control, ...]
 
 
 @dataclass
@@ -57,40 +61,52 @@ class Pictures:
 
 
 class _Work(NamedTuple):
-    """A part of a picture, with what the shelf has of it, or else its pixels (1, height, width, 3) and its mask."""
+    """A part of a picture, with what the shelf has of it, or else its pixels (1, height, width, 3), its mask and those
+    of its control pictures."""
 
     part: Part
+    seen: tuple[Control, ...]
     key: str
     found: Mapping[str, Tensor] | None
     pixels: Tensor | None
     mask: Tensor | None
+    controls: Sequence[Tensor]
     thumb: Thumb | None
 
 
 def latents_of(
-    vae: Any, raws: Sequence[Raw], how: How, shelf: Shelf | None, told: Told, caption: Callable[[Raw], str]
+    vae: Any,
+    raws: Sequence[Raw],
+    how: How,
+    shelf: Shelf | None,
+    told: Told,
+    caption: Callable[[Raw], str],
+    *,
+    seen: bool = False,
 ) -> Pictures:
     """Pictures as latents, read and cut in threads while the VAE works. What cannot be read is left out by name.
-    caption is what a thumbnail shows.
+    caption is what a thumbnail shows. seen: control pictures are for the text encoder, and not encoded here.
 
     Raises TrainingError for a VAE that is not one for pictures of this step, and what told raises.
     """
     _require(vae, how)
     wanted = (MASK, PLAIN, MIRRORED) if how.mirrored else (MASK, PLAIN)
-    settings = None if shelf is None else _settings(vae)
+    settings = None if shelf is None else settings_of(vae)
 
     def work(numbered: tuple[int, Raw]) -> list[_Work] | FileError:
         number, raw = numbered
         found: list[_Work] = []
         try:
-            for part in parts(raw, how):
-                name = "" if settings is None else key(settings, part.picture.sha256, part.mask_of, part.size, wanted)
+            for whole in parts(raw, how):
+                part, shown = (whole._replace(controls=()), whole.controls) if seen else (whole, ())
+                name = "" if settings is None else key(settings, *_content(part), wanted)
                 there = shelf.get(name) if shelf is not None and name else None
                 looked = number < THUMBS and not found
                 pixels = part.pixels() if there is None or looked else None
                 mask = part.shown() if pixels is not None else None
-                small = thumb(pixels, mask, caption(raw)) if looked and pixels is not None else None
-                found.append(_Work(part, name, there, pixels, mask, small))
+                controls = [each.pixels() for each in whole.controls] if pixels is not None else []
+                small = thumb(pixels, mask, caption(raw), controls) if looked and pixels is not None else None
+                found.append(_Work(part, shown, name, there, pixels, mask, [] if seen else controls, small))
         except FileError as error:
             return error
         return found
@@ -106,6 +122,12 @@ def latents_of(
     return pictures
 
 
+def _content(part: Part) -> Sequence[Any]:
+    """What latents are made of. A part without control pictures has the key that it had before there were any."""
+    controls = [(each.sha256, each.size) for each in part.controls]
+    return part.picture.sha256, part.mask_of, part.size, *([controls] if controls else [])
+
+
 def _why(raw: Raw, error: FileError) -> str:
     """What is wrong with a picture, or with its mask, which is named."""
     file = Path(error.file or raw.name).name
@@ -118,7 +140,7 @@ def _collect(pictures: Pictures, vae: Any, raw: Raw, found: Sequence[_Work], how
         tensors = work.found
         if tensors is None:
             assert work.pixels is not None
-            tensors = _encoded(vae, work.pixels, work.mask, how.mirrored)
+            tensors = _encoded(vae, work.pixels, work.mask, work.controls, how.mirrored)
             if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
                 raise TrainingError(
                     f"The VAE makes NaN of '{shown(raw.name)}'.", remedy="Start ComfyUI with --fp32-vae or --bf16-vae."
@@ -127,10 +149,13 @@ def _collect(pictures: Pictures, vae: Any, raw: Raw, found: Sequence[_Work], how
                 shelf.put(work.key, tensors)
         else:
             pictures.kept += 1
-        latents = tuple(tensors[name] for name in (PLAIN, MIRRORED) if name in tensors)
+        guises = (PLAIN, MIRRORED) if how.mirrored else (PLAIN,)
+        latents = tuple(tensors[guise] for guise in guises)
+        numbers = range(len(work.part.controls))
+        controls = tuple(tuple(tensors[f"{CONTROL} {n} {guise}"] for n in numbers) for guise in guises if numbers)
         mask = tensors.get(MASK)
         masks = () if mask is None else (mask, mask.flip(-1))[: len(latents)]
-        pictures.encoded.append(Encoded(raw, work.part.size, latents, masks))
+        pictures.encoded.append(Encoded(raw, work.part.size, latents, masks, controls, work.seen))
         if work.thumb is not None:
             pictures.thumbs.append(work.thumb)
     part = found[0].part
@@ -140,13 +165,17 @@ def _collect(pictures: Pictures, vae: Any, raw: Raw, found: Sequence[_Work], how
         pictures.cropped.append(raw.name)
 
 
-def _encoded(vae: Any, pixels: Tensor, mask: Tensor | None, mirrored: bool) -> dict[str, Tensor]:
+def _encoded(
+    vae: Any, pixels: Tensor, mask: Tensor | None, controls: Sequence[Tensor], mirrored: bool
+) -> dict[str, Tensor]:
     """One at a time: a VAE for video would take two pictures for two frames."""
     if isinstance(vae.first_stage_model, StageC_coder):
         pixels = _compressed(pixels, int(vae.spacial_compression_encode()))
-    found = {PLAIN: vae.encode(pixels)[0]}
-    if mirrored:
-        found[MIRRORED] = vae.encode(pixels.flip(2))[0]
+    found: dict[str, Tensor] = {}
+    for of, each in (("", pixels), *((f"{CONTROL} {n} ", control) for n, control in enumerate(controls))):
+        found[of + PLAIN] = vae.encode(each)[0]
+        if mirrored:
+            found[of + MIRRORED] = vae.encode(each.flip(2))[0]
     if mask is not None:
         height, width = found[PLAIN].shape[-2:]
         small = torch.nn.functional.adaptive_avg_pool2d(mask, (height, width))
@@ -171,7 +200,7 @@ def _require(vae: Any, how: How) -> None:
         raise TrainingError(what, remedy=f"Use a multiple of {each} for it.")
 
 
-def _settings(vae: Any) -> Sequence[Any] | None:
+def settings_of(vae: Any) -> Sequence[Any] | None:
     """All that a latent depends on beside the picture; None where that cannot be told."""
     try:
         weights = weights_key(vae.patcher)
@@ -185,21 +214,22 @@ class Texts(NamedTuple):
     """The conditioning of each text; kept: how many the shelf had; patched: it has none, for the CLIP is not as its
     file."""
 
-    conditions: Mapping[str, Any]
+    conditions: Mapping[str | Sight, Any]
     kept: int
     patched: bool
 
 
-def conditions_of(clip: Any, texts: Iterable[str], shelf: Shelf | None, told: Told) -> Texts:
-    """What CLIPTextEncode gives for each text. Raises TrainingError without a CLIP, and what told raises."""
+def conditions_of(clip: Any, texts: Iterable[str | Sight], shelf: Shelf | None, told: Told) -> Texts:
+    """What CLIPTextEncode gives for each text, and for each sight what its own node gives. Raises TrainingError without
+    a CLIP, and what told raises."""
     wanted = list(dict.fromkeys(texts))
     if clip is None and wanted:
         raise TrainingError("Captions need a CLIP, which makes conditionings of them.", remedy="Connect a CLIP.")
-    found: dict[str, Any] = {}
+    found: dict[str | Sight, Any] = {}
     kept = 0
     settings = _clip_settings(clip) if shelf is not None and wanted else None
     for number, text in enumerate(wanted, 1):
-        tokens = clip.tokenize(text)
+        tokens = text.content if isinstance(text, Sight) else clip.tokenize(text)
         try:
             name = "" if settings is None else key(settings, tokens)
         except Unknown:
@@ -209,7 +239,8 @@ def conditions_of(clip: Any, texts: Iterable[str], shelf: Shelf | None, told: To
             found[text] = unpacked(there)
             kept += 1
         else:
-            found[text] = _finite(_on_cpu(clip.encode_from_tokens_scheduled(tokens)), text)
+            seen = text.encode(clip) if isinstance(text, Sight) else clip.encode_from_tokens_scheduled(tokens)
+            found[text] = _finite(_on_cpu(seen), text.text if isinstance(text, Sight) else text)
             if shelf is not None and name:
                 _keep(shelf, name, found[text])
         told(number, len(wanted))

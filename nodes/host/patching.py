@@ -70,7 +70,7 @@ class LandedPatch(WeightAdapterBase):
         weight's own and so is the result's.
         """
         total = weight.to(torch.promote_types(weight.dtype, intermediate_dtype))
-        storing.put(total, self.pieces, strength)
+        storing.put(total, (piece for _, piece in self.weights), strength)
         return total
 
 

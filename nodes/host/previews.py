@@ -16,9 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ...lora_ops.errors import TrainingError
-from ...lora_ops.train.dataset import Dataset
+from ...lora_ops.train.data import of_guise
+from ...lora_ops.train.dataset import Dataset, controls_in
 from ...lora_ops.train.presets import AUTO, Chosen
 from ...lora_ops.train.settings import Settings
+from .seeing import sees
 
 SAMPLERS = tuple(comfy.samplers.SAMPLER_NAMES)
 SCHEDULERS = tuple(comfy.samplers.SCHEDULER_NAMES)
@@ -43,12 +45,13 @@ class Previews:
     scheduler: str
     vae: Any | None
     encoded: Mapping[str, Any]  # the texts of shots, as conditionings
+    beside: Mapping[str, Any]  # what these show: the first picture's control pictures
 
     def draw(self, model: Any, clip: Any | None = None) -> Tensor:
         """A picture of each shot (shots, height, width, 3), 0..1; its texts as clip has them now. Raises the host's
         interrupt."""
         empty = comfy.sample.fix_empty_latent_channels(model, self.latent)
-        encoded = self.encoded if clip is None else {text: _encoded(clip, text) for text in self.encoded}
+        encoded = self.encoded if clip is None else {text: _encoded(clip, text, self.beside) for text in self.encoded}
         shots = [Shot(*(encoded[each] if isinstance(each, str) else each for each in shot)) for shot in self.shots]
         return torch.cat([self._decoded(model, self._sampled(model, empty, shot)) for shot in shots])
 
@@ -102,21 +105,29 @@ def prepared(
         raise TrainingError(what, remedy="Connect one negative, or one for each positive.")
     cfg = settings.sample_cfg or chosen.cfg
     usual = negative[0] if len(negative) == 1 else dataset.empty if clip is None else ""
+    first = dataset.pictures[0]
+    beside = controls_in(first.conditions[0])
+    seen = bool(beside) and sees(clip)
+    if prompts and seen:
+        what = "The text encoder of sample_prompts would be shown no picture to edit."
+        raise TrainingError(what, remedy="Connect a conditioning of TextEncodeQwenImageEdit to sample_positive.")
     shots = [Shot(each, negative[n] if len(negative) > 1 else usual) for n, each in enumerate(positive)]
     for line in prompts:
         text, marked, avoided = line.partition(NEGATIVE)
         shots.append(Shot(text.strip(), avoided.strip() if marked else usual))
     if not shots:
-        first = dataset.pictures[0]
-        shots = [Shot(first.captions[0] if clip is not None and first.captions else first.conditions[0], usual)]
+        if clip is None or seen or not first.captions:
+            shots = [Shot(of_guise(first.conditions[0], 0), of_guise(first.empty, 0) if beside else usual)]
+        else:
+            shots = [Shot(first.captions[0], usual)]
     if cfg != 1 and any(shot.negative is None for shot in shots):
         if settings.sample_cfg:
             what = f"Samples at a sample_cfg of {cfg:g} need a negative conditioning."
             raise TrainingError(what, remedy="Connect sample_negative or clip, or set sample_cfg to 1.")
         cfg = 1.0
     scheduler = chosen.scheduler if settings.sample_scheduler == AUTO else settings.sample_scheduler
-    encoded = {each: _encoded(clip, each) for shot in shots for each in shot if isinstance(each, str)}
-    return Previews(tuple(shots), _latent(settings, model, dataset), settings, cfg, scheduler, vae, encoded)
+    encoded = {each: _encoded(clip, each, beside) for shot in shots for each in shot if isinstance(each, str)}
+    return Previews(tuple(shots), _latent(settings, model, dataset), settings, cfg, scheduler, vae, encoded, beside)
 
 
 def _latent(settings: Settings, model: Any, dataset: Dataset) -> Tensor:
@@ -129,8 +140,9 @@ def _latent(settings: Settings, model: Any, dataset: Dataset) -> Tensor:
     return torch.zeros([1, *shape], device=comfy.model_management.intermediate_device())
 
 
-def _encoded(clip: Any, text: str) -> Any:
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+def _encoded(clip: Any, text: str, beside: Mapping[str, Any]) -> Any:
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    return [[cross, {**options, **beside}] for cross, options in encoded]
 
 
 def _is_rough(model: Any) -> bool:

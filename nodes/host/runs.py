@@ -11,7 +11,6 @@ import logging
 import os
 import time
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,9 +33,6 @@ POINTS = 2000  # of the raw loss that a page gets at most
 WANTS = ("sample", "save", "finish")
 ENDINGS = ("done", "finished", "cancelled", "failed")
 SAMPLES = "samples"  # the folder of a run's pictures
-KEPT = 32  # runs of this process in memory; older ones are read from their folders again
-
-_runs: OrderedDict[str, Run] = OrderedDict()
 
 
 def root() -> Path:
@@ -67,17 +63,14 @@ def begin(node_id: Any, name: str, steps: int, folder: Path, workflow: str | Non
         logging.warning("LoRA Ops: the history in %s is begun anew: %s", folder, error)
         history = History(name, steps, str(node_id), workflow, time.time())
     run = Run(history, folder, running=True)
-    _runs[run.id] = run
-    _runs.move_to_end(run.id)
-    while len(_runs) > KEPT:
-        _runs.popitem(last=False)
+    caches.keep_run(run)
     run.doing("preparing")
     return run
 
 
 def listed() -> list[dict[str, Any]]:
     """What there is to say of all runs, those of this process and those that are on disk, the newest first."""
-    found = {run.id: run.summary() for run in list(_runs.values())}
+    found = {run.id: run.summary() for run in list(caches.runs.values())}
     for folder in _folders():
         if _id(folder) not in found:
             with suppress(OSError):  # it is gone by now
@@ -88,8 +81,8 @@ def listed() -> list[dict[str, Any]]:
 
 def find(run: str) -> Run | None:
     """The run of this id."""
-    if run in _runs:
-        return _runs[run]
+    if run in caches.runs:
+        return caches.runs[run]
     try:
         folder = folder_of(run)
         return None if folder is None else Run(read(folder), folder, running=False)
@@ -99,8 +92,8 @@ def find(run: str) -> Run | None:
 
 def folder_of(run: str) -> Path | None:
     """Where the run of this id has its files."""
-    if run in _runs:
-        return _runs[run].folder
+    if run in caches.runs:
+        return caches.runs[run].folder
     return next((folder for folder in _folders() if _id(folder) == run), None)
 
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ from .progress import Steps, show
 from .training import Finish, Session
 
 RECIPE = "lora_ops.training"  # in a LoRA's metadata
-KOHYA, COMFY = LAYOUTS[:2]
-PARTS = replace(KOHYA, name="lycoris")  # as SimpleTuner writes it: diffusers' names, which ComfyUI reads
+KOHYA, COMFY, _, _, LYCORIS = LAYOUTS
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +245,7 @@ def _layout(course: Course) -> Layout:
     """The one that most programs read; where parts of fused weights have more than a LoRA, which cannot be fused, the
     one that has names for parts."""
     if course.plan.algebra != "lora" and any(place.target.band for place in course.places):
-        return PARTS
+        return LYCORIS
     return COMFY if course.family is UNKNOWN else KOHYA
 
 

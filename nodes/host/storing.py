@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import comfy.float
@@ -31,12 +31,18 @@ class Stored(NamedTuple):
     survival: Survival | None
 
 
-def put(total: Tensor, pieces: Sequence[Piece], strength: float = 1.0) -> None:
-    """Put pieces on a weight in place. Factors come in float32 at least: a rounded magnitude would be a systematic
-    error."""
-    move, wide = comfy.model_management.cast_to_device, torch.promote_types(total.dtype, torch.float32)
-    there = [Piece.unpacked(each.packed(), lambda tensor: move(tensor, total.device, wide)) for each in pieces]
-    add_(total, there, strength)
+def put(total: Tensor, pieces: Iterable[tuple[Any, ...]], strength: float = 1.0) -> None:
+    """Put packed pieces on a weight in place. On a weight in half precision factors come in float32: a rounded
+    magnitude would be a systematic error."""
+    wide = torch.float32 if total.dtype.itemsize < 4 else None
+
+    def move(tensor: Tensor) -> Tensor:
+        dtype = wide or tensor.dtype
+        if tensor.device == total.device and tensor.dtype == dtype:
+            return tensor
+        return comfy.model_management.cast_to_device(tensor, total.device, dtype)
+
+    add_(total, [Piece.unpacked(each, move) for each in pieces], strength)
 
 
 def stored(model: Any, key: str, weight: Tensor, pieces: Sequence[Piece], device: torch.device) -> Stored:
@@ -52,7 +58,7 @@ def stored(model: Any, key: str, weight: Tensor, pieces: Sequence[Piece], device
     wanted = floats(model, key, weight, device, wide)
     every = max(1, len(weight) // SAMPLE) if type(weight) in PLAIN and weight.dtype.itemsize == 2 else 1
     base = wanted[::every].clone()
-    put(wanted, pieces)
+    put(wanted, [each.packed() for each in pieces])
     found = rounded(model, key, wanted.clone() if type(weight) not in PLAIN else wanted, weight.dtype)
     if type(weight) in PLAIN and weight.dtype.itemsize >= 4:
         return Stored(found, None)
@@ -108,7 +114,7 @@ def _of_rows(weight: Tensor, pieces: Sequence[Piece]) -> Survival:
             window, cut = Band(0, len(weight)), pieces
         base = weight.detach().narrow(0, window.start, window.length).float()
         wanted = base.clone()
-        put(wanted, cut)
+        put(wanted, [each.packed() for each in cut])
         found = found.and_of(predicted(base, wanted, weight.dtype))
         if window.length == len(weight):
             break

@@ -15,28 +15,29 @@ import comfy.sampler_helpers
 import comfy.samplers
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...lora_ops.errors import TrainingError, shown
+from ...lora_ops.errors import TrainingError
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
+from ...lora_ops.train.blocks import OutOfPlace, checkpointed
 from ...lora_ops.train.data import Item, widest
-from ...lora_ops.train.dataset import Dataset, Picture
+from ...lora_ops.train.encoders import require_known
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
-from ...lora_ops.train.memory import Estimate, OutOfPlace, Probe, checkpointed, estimate, out_of_memory, probe
+from ...lora_ops.train.memory import Estimate, Probe, estimate, out_of_memory, probe
+from ...lora_ops.train.offload import Offload, offloaded
 from ...lora_ops.train.places import Place
 from ...lora_ops.train.plan import Beginning, Plan
 from ...lora_ops.train.timesteps import Timesteps, recommended
 from ...lora_ops.train.wrapper import Wrapper
+from .items import Items
+from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Prompt, Text, weight_of
+from .wrapping import Part, Text, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
-# What of a conditioning changes how sampling goes on around the model, and means nothing for one picture of a step.
-REFUSED = ("control", "gligen", "hooks", "area", "mask", "timestep_start", "timestep_end", "start_percent")
-TEXT_ENCODERS = ("sd15", "sdxl", "flux")  # families whose text encoders train
 SAME = 0.05  # share of an answer's norm in which two ways of computing it may differ, in half precision too
 
 
@@ -46,7 +47,7 @@ class Model(Part):
 
     Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
     TrainingError for what runs live and looks at its weight: the gradient of that is not known here; and for a text
-    encoder that nobody has seen to train here.
+    encoder that does not train.
     """
 
     def __init__(self, model: Any, clip: Any = None) -> None:
@@ -56,12 +57,14 @@ class Model(Part):
         self.sampling = self.patcher.get_model_object("model_sampling")
         self.patcher.add_object_patch("model_sampling", _answering(self.sampling))
         self.text = None if clip is None else Text(clip)
+        made = Items(self.patcher, self.text)
+        self.item, self.items = made.item, made.items
         self._out_of_place = self._copying = False
         self._memory = 0  # that the host keeps free while it is loaded
         self._training = False  # what the host's flag was before
-        if self.text is not None and (family := self.targets().family) not in TEXT_ENCODERS:
-            what = f"The text encoder of {shown(family)} is none that this version trains."
-            raise TrainingError(what, remedy="Train the model alone.")
+        self._offload: Offload | None = None
+        if self.text is not None:
+            require_known(self.targets().family)
 
     @property
     def _parts(self) -> list[Part]:
@@ -81,12 +84,18 @@ class Model(Part):
         weight, _ = weight_of(part.modules[place.target.key.removesuffix(".weight")], like)
         return weight.narrow(0, place.target.rows.start, place.target.rows.length)
 
-    def wrappers(self, begun: Beginning, dropout: float = 0.0) -> list[Wrapper]:
+    def wrappers(self, begun: Beginning, dropout: float = 0.0, *, keeps_cast: bool = True) -> list[Wrapper]:
         """Those of the model and of the text encoder, on their devices."""
+
+        def weights(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+            if self._offload is not None:
+                self._offload.need(module)
+            return weight_of(module, like)
+
         found: list[Wrapper] = []
         for part in self._parts:
             adapters = {place: adapter for place, adapter in begun.adapters.items() if self.part(place) is part}
-            more = {"taken_off": begun.taken_off, "dropout": dropout, "weight_of": weight_of}
+            more = {"taken_off": begun.taken_off, "dropout": dropout, "weight_of": weights, "keeps_cast": keeps_cast}
             found.append(Wrapper(part.modules, adapters, **more))
             for each in found[-1].trained:
                 each.to(part.patcher.load_device)
@@ -100,20 +109,24 @@ class Model(Part):
         *,
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
+        offload: Offload | None = None,
     ) -> Iterator[Probe]:
         """While inside, the model is loaded with its wrapper in it, and the text encoder with its own, and they answer
-        with gradients; yields what a batch like this one keeps for them under autocast.
+        with gradients; yields what a batch like this one keeps for them under autocast. offload brings the weights of
+        the model's blocks.
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
         self._memory = self.patcher.memory_required([len(batch), *batch[0].shape])
         self._training, device = comfy.model_management.in_training, self.patcher.load_device.type
+        self._offload = offload
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 for part, wrapper in zip(self._parts, wrappers, strict=True):
                     part.put(wrapper)
                 self._enter()
-                with checkpointed(self.network) if checkpointing else nullcontext():
+                again = checkpointed(self.network, lambda: self._out_of_place) if checkpointing else nullcontext()
+                with offloaded(offload) if offload else nullcontext(), again:
                     with torch.autocast(device, autocast) if autocast else nullcontext():
                         found = self._examined(batch, checkpointing)
                     yield found
@@ -125,12 +138,18 @@ class Model(Part):
     def _enter(self) -> None:
         patchers = [part.patcher for part in self._parts]
         comfy.model_management.load_models_gpu(patchers, memory_required=self._memory)
+        if self._offload is not None:
+            put_away(self.patcher)
         for part in self._parts:
             part.enter()
         comfy.model_management.in_training = True
+        if self._offload is not None:
+            self._offload.start()
 
     def _leave(self) -> None:
         comfy.model_management.in_training = self._training
+        if self._offload is not None:
+            self._offload.stop()
         for part in self._parts:
             part.leave()
 
@@ -179,6 +198,7 @@ class Model(Part):
         """What a step of a run needs."""
         width = self.patcher.model.get_dtype_inference().itemsize
         largest = width * max(weight.numel() for weight in self.network.parameters())
+        largest += self._offload.most if self._offload else 0
         return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
 
     def around(self) -> AbstractContextManager[Any]:
@@ -228,76 +248,6 @@ class Model(Part):
             return wrapper(apply, call)
         return apply(noisy, sigma, **conditioning)
 
-    def item(
-        self,
-        latent: Tensor,
-        condition: Sequence[Any],
-        guidance: float | None = None,
-        *,
-        caption: str | None = None,
-        **more: Any,
-    ) -> Item:
-        """An item from one latent of a LATENT (channels, …) and one CONDITIONING, and where the text encoder trains
-        its caption.
-
-        guidance is what a guidance-distilled model (FLUX.1 dev) is told, instead of what the conditioning says. Raises
-        TrainingError for a conditioning that is more than a description of one picture, for guidance to a model that is
-        told none, and where a caption is missing.
-        """
-        return Item((self._scaled(latent),), (self._described(condition, caption, guidance),), **more)
-
-    def items(self, dataset: Dataset, guidance: float | None = None) -> tuple[list[Item], list[Item]]:
-        """What to learn from and what is only looked at. Raises TrainingError like item, naming the picture."""
-        empty = None if dataset.empty is None else self._described(dataset.empty, "", guidance)
-
-        def item(picture: Picture, dropout: float) -> Item:
-            captions = picture.captions or [None] * len(picture.conditions)
-            try:
-                return Item(
-                    tuple(map(self._scaled, picture.latents)),
-                    tuple(
-                        self._described(condition, caption, guidance)
-                        for condition, caption in zip(picture.conditions, captions, strict=True)
-                    ),
-                    tuple(_placed(mask, picture.latents[0]) for mask in picture.masks),
-                    empty,
-                    dropout,
-                    picture.repeats,
-                    picture.weight,
-                )
-            except TrainingError as error:
-                error.file = picture.name
-                raise
-
-        learned = [item(each, dataset.dropout) for each in dataset.pictures]
-        return learned, [item(each, 0.0) for each in dataset.held_out]
-
-    def _scaled(self, latent: Tensor) -> Tensor:
-        with torch.inference_mode(False):
-            return self.patcher.model.process_latent_in(latent[None].float().clone())[0]
-
-    def _described(
-        self, condition: Sequence[Any], caption: str | None, guidance: float | None
-    ) -> Prompt | Sequence[Any]:
-        if len(condition) != 1:
-            what = f"A picture has {len(condition)} conditionings at once; it should have one."
-            raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
-        ((cross, options),) = condition
-        for name in REFUSED:
-            if options.get(name) is not None:
-                what = f"A picture's conditioning has {shown(name)}, which training does not use."
-                raise TrainingError(what, remedy="Connect the prompt's own conditioning.")
-        if guidance is not None:
-            if not self.patcher.model.model_config.unet_config.get("guidance_embed"):
-                raise TrainingError("The model is told no guidance.", remedy="Leave guidance out.")
-            options = {**options, "guidance": guidance}
-        if self.text is None:
-            return [[cross, options]]
-        if caption is None:
-            what = "A picture has a conditioning and no caption, which the text encoder could learn from."
-            raise TrainingError(what, remedy="Give captions, or train the model alone.")
-        return self.text.prompt(caption, options)
-
     def begin(self, plan: Plan, where: Sequence[Place], items: Sequence[Item], timesteps: Timesteps) -> Beginning:
         """What the plan's training begins with on this model."""
 
@@ -321,6 +271,7 @@ class Model(Part):
         held_out: Sequence[Item] = (),
         path: Path | None = None,
         checkpointing: bool = False,
+        offload: bool = False,
         foreseen: Callable[[Estimate, int], None] = lambda needed, free: None,
         stepped: Callable[[Progress, Session], None] = lambda done, session: None,
         stopped: Callable[[Session], None] = lambda session: None,
@@ -346,7 +297,8 @@ class Model(Part):
             begun = plan.go_on(where, lora, targets)
         else:
             begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
-        wrappers = self.wrappers(begun, plan.dropout)
+        brought = offload_of(self.patcher) if offload else None
+        wrappers = self.wrappers(begun, plan.dropout, keeps_cast=brought is None)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
         if path is not None and resumed:
             state.restore(path, run)
@@ -360,8 +312,8 @@ class Model(Part):
 
         needed: Estimate | None = None
         try:
-            widest_batch, more = widest(items, plan.batch), {"checkpointing": checkpointing, "autocast": plan.autocast}
-            with self.running(wrappers, widest_batch, **more) as found:
+            more = {"checkpointing": checkpointing, "autocast": plan.autocast, "offload": brought}
+            with self.running(wrappers, widest(items, plan.batch), **more) as found:
                 needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
                 train(
@@ -382,7 +334,8 @@ class Model(Part):
                 stopped(session)
             if not out_of_memory(error):
                 raise
-            raise _no_memory(run, needed, path, checkpointing) from error
+            free = 0 if offload else offloadable(self.patcher)
+            raise _no_memory(run, needed, path, checkpointing, free) from error
         return session.lora(name)
 
 
@@ -425,14 +378,16 @@ def _in_use(device: torch.device) -> int:
     return comfy.model_management.get_total_memory(device) - comfy.model_management.get_free_memory(device)
 
 
-def _no_memory(run: Run, needed: Estimate | None, path: Path | None, checkpointing: bool) -> TrainingError:
+def _no_memory(
+    run: Run, needed: Estimate | None, path: Path | None, checkpointing: bool, offloadable: int
+) -> TrainingError:
     what = f"Memory ran out in step {run.step + 1}."
     if path is not None and run.step:
         what += f" What was learned in the {run.step} steps before is kept: the same plan goes on from there."
     if needed is None:
         return TrainingError(what, remedy="Use smaller pictures or a lower batch size.", step=run.step + 1)
     what += f" A step needs about {needed.total / 2**30:.1f} GB beside the model."
-    remedy = needed.advice(checkpointing=checkpointing, batch=run.plan.batch)
+    remedy = needed.advice(checkpointing=checkpointing, batch=run.plan.batch, offloadable=offloadable)
     return TrainingError(what, remedy=remedy, step=run.step + 1)
 
 
@@ -453,14 +408,6 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
-
-
-def _placed(mask: Tensor, latent: Tensor) -> Tensor:
-    """A mask (1, height, width) for a latent (channels, …, height, width)."""
-    if mask.shape[-2:] != latent.shape[-2:]:
-        sizes = (" x ".join(map(str, each.shape[-2:])) for each in (mask, latent))
-        raise TrainingError("A mask is of {}, its latent of {}.".format(*sizes))
-    return mask.reshape(1, *(1 for _ in latent.shape[1:-2]), *mask.shape[-2:])
 
 
 def _to(value: Any, device: torch.device) -> Any:

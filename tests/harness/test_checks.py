@@ -71,6 +71,27 @@ def test_a_pytest_that_fails_without_a_failed_test_is_a_failure(tmp_path, monkey
     assert [outcome[:2] for outcome in checks.pytest([argument])] == expected
 
 
+def test_all_tests_run_once_in_processes_side_by_side(tmp_path, monkeypatch, capfd):
+    """Each waits for the other, which would not come if it were next."""
+    monkeypatch.setattr(checks, "PACK", tmp_path)
+    monkeypatch.setattr(checks.os, "cpu_count", lambda: 2)
+    for folder, mine, other in (("host", "a", "b"), ("laws", "b", "a")):
+        (tmp_path / "tests" / folder).mkdir(parents=True)
+        (tmp_path / "tests" / folder / f"test_{folder}.py").write_text(
+            "import pathlib, time\n"
+            f"def test_{folder}():\n"
+            f"    pathlib.Path('{mine}').touch()\n"
+            f"    other, end = pathlib.Path('{other}'), time.monotonic() + 60\n"
+            f"    while not other.exists() and time.monotonic() < end: time.sleep(0.01)\n"
+            f"    assert other.exists()\n"
+            f"    assert {folder == 'host'}\n",
+            encoding="utf-8",
+        )
+    found = [(outcome.name.rpartition(".")[2], outcome.result) for outcome in checks.pytest([])]
+    assert found == [("test_host", "passed"), ("test_laws", "failed")]
+    assert "assert False" in capfd.readouterr().out
+
+
 def test_pyright_that_cannot_start_is_reported_and_not_failed(monkeypatch, capsys):
     def offline(command, **_):
         return checks.subprocess.CompletedProcess(command, 1, stdout="", stderr="npm error network\nENOTFOUND")

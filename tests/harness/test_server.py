@@ -180,6 +180,6 @@ def test_a_killed_run_leaves_no_server_behind(comfy):
     orphan = Server(comfy, comfy.parent / "base", pack=None)
     orphan.url = url
     deadline = time.monotonic() + 10
-    while orphan._answers() and time.monotonic() < deadline:
+    while orphan.answers() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not orphan._answers()
+    assert not orphan.answers()

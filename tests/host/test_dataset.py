@@ -316,6 +316,137 @@ def test_a_mask_is_of_the_latents_size_mirrored_with_it_and_lets_a_little_throug
     assert found.report["masks"] == 1 and not run(vae=loaded.vae, clip=loaded.clip, mask_from="off").report["masks"]
 
 
+@pytest.fixture
+def pairs(place):
+    """Pictures before an edit, of two of the zorps: one of its shape, larger, one of another shape as a second one."""
+    for name, size in (("0", (600, 220)), ("2", SQUARE)):
+        place.zorps.joinpath("control").mkdir(exist_ok=True)
+        noise(size, 30).save(place.zorps / "control" / f"{name}.png")
+    noise(TALL, 31).save(place.zorps / "2_control_2.png")
+    return place
+
+
+def cut(image, size, box) -> torch.Tensor:
+    scaled = image.resize(size, Image.Resampling.LANCZOS, box=box)
+    return torch.frombuffer(bytearray(scaled.tobytes()), dtype=torch.uint8).view(1, size[1], size[0], 3) / 255
+
+
+def test_control_pictures_are_cut_like_their_pictures_encoded_mirrored_with_them_and_cached(run, loaded, pairs, silent):
+    import nodes
+
+    given = {"vae": loaded.vae, "clip": loaded.clip, "mirror": True}
+    found = run(**given)
+    first, second = found.dataset.pictures
+    before = cut(noise((600, 220), 30), (192, 64), (0, 10, 600, 210))
+    for controls, pixels in zip(first.controls, (before, before.flip(2)), strict=True):
+        (wanted,) = nodes.VAEEncode().encode(loaded.vae, pixels)
+        assert len(controls) == 1 and torch.equal(controls[0], wanted["samples"][0])
+    (shaped, (wanted,)) = (
+        second.controls[0],
+        (nodes.VAEEncode().encode(loaded.vae, cut(noise(SQUARE, 30), (128, 128), None))),
+    )
+    assert len(shaped) == 2
+    assert {tuple(each.shape) for each in shaped} == {(4, 16, 16), (4, 24, 8)}
+    assert torch.equal(shaped[1], wanted["samples"][0])  # that beside it comes first
+    reasons = dict(found.report["left_out"])
+    assert reasons == {"1.png": "no control picture of its name", "3.png": "no control picture of its name"}
+    assert found.report["controls"] == 2 and "2 with control pictures" in found.text
+    noise((600, 220), 33).save(pairs.zorps / "control" / "0.png")
+    assert run(**given).report["kept"]["latents"] == [1, 2]
+    silent()
+    again = run(**given)
+    assert again.report["kept"]["latents"] == [2, 2]
+    (kept,) = (each for each in again.dataset.pictures if each.name == "2.png")
+    assert all(map(torch.equal, kept.controls[1], second.controls[1]))
+
+
+def test_a_chosen_folder_of_control_pictures_and_what_is_wrong_with_one(run, loaded, place):
+    was = place.input / "was"
+    was.mkdir()
+    given = {"vae": loaded.vae, "clip": loaded.clip, "control_folder": "was"}
+    for number in range(3):
+        noise(SQUARE, number).save(was / f"{number}.png")
+    (was / "0.png").write_bytes((was / "0.png").read_bytes()[:900])
+    (was / "1.png").write_text("none")
+    found = run(**given)
+    reasons = dict(found.report["left_out"])
+    assert [each.name for each in found.dataset.pictures] == ["2.png"] and len(reasons) == 3
+    assert "its control picture cannot be read" in reasons["0.png"] and "truncated" in reasons["0.png"]
+    assert "its control picture is no picture" in reasons["1.png"] and "no control picture" in reasons["3.png"]
+
+
+def test_control_pictures_over_wires_go_with_images_or_latents(run, loaded):
+    images = [torch.rand(1, 64, 64, 3), torch.rand(1, 64, 128, 3)]
+    wires = {"folder": "none", "images": images, "vae": loaded.vae, "clip": loaded.clip, "captions": ["x"]}
+    before = [torch.rand(1, 64, 64, 3), torch.rand(1, 64, 128, 3)]
+    found = run(**wires, control_images=before).dataset
+    for picture, image in zip(found.pictures, before, strict=True):
+        assert torch.equal(picture.controls[0][0], loaded.vae.encode((image * 255).round() / 255)[0])
+    latents = [{"samples": torch.rand(2, 4, 8, 8)}]
+    controls = [{"samples": torch.rand(1, 4, 8, 8)}, {"samples": torch.rand(1, 4, 8, 8)}]
+    found = run(folder="none", latents=latents, captions=["x"], clip=loaded.clip, control_latents=controls).dataset
+    assert [each.controls[0][0] is not None for each in found.pictures] == [True, True]
+    assert torch.equal(found.pictures[1].controls[0][0], controls[1]["samples"][0])
+
+
+@pytest.fixture
+def seeing(loaded):
+    """A stand-in for Qwen-Image's CLIP and VAE: of the host's class, quick, and it tells whatever it is given apart."""
+    from comfy.text_encoders.qwen_image import QwenImageTEModel
+
+    clip = loaded.clip.clone()
+    clip.cond_stage_model = QwenImageTEModel.__new__(QwenImageTEModel)
+    clip.layer_idx = clip.apply_hooks_to_conds = None
+
+    def tokenize(text, images=(), llama_template=""):
+        parts = [float(each.mean()) * (n + 1) + float(each[:, :, 0].mean()) for n, each in enumerate(images)]
+        return {"text": [text, llama_template], "sees": [*map(float, parts)], "sizes": [list(i.shape) for i in images]}
+
+    def encode(tokens):
+        told = sum(map(ord, "".join(tokens["text"])))
+        return [[torch.full((1, 3, 8), told + sum(tokens["sees"])), {"attention_mask": torch.ones(1, 3)}]]
+
+    clip.tokenize, clip.encode_from_tokens_scheduled = tokenize, encode
+
+    class Vae:
+        def __getattr__(self, name):
+            return getattr(loaded.vae, name)
+
+        def encode(self, pixels):
+            return torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)[:, :, None]
+
+    return SimpleNamespace(clip=clip, vae=Vae())
+
+
+@pytest.mark.parametrize("way", ["edit plus", "edit"])
+def test_qwens_text_encoder_sees_the_control_pictures_as_the_hosts_own_node_shows_them(
+    run, seeing, ours, way, monkeypatch
+):
+    from comfy_extras import nodes_qwen
+
+    node = nodes_qwen.TextEncodeQwenImageEditPlus if way == "edit plus" else nodes_qwen.TextEncodeQwenImageEdit
+    wires = {"folder": "none", "images": [torch.rand(1, 64, 64, 3)], "captions": ["make it red"]}
+    before = (torch.rand(1, 128, 128, 3) * 255).round() / 255
+    monkeypatch.setattr(ours("nodes.host.encoding"), "weights_key", lambda patcher: "weights")
+    given = {**wires, "control_images": [before], "clip": seeing.clip, "vae": seeing.vae, "mirror": True}
+    found = run(**given, control_seen=way)
+    (picture,) = found.dataset.pictures
+    assert not picture.controls and len(picture.latents) == 2
+    for text, condition in (("make it red", picture.conditions[0]), ("", picture.empty)):
+        for image, shown in zip((before, before.flip(2)), condition, strict=True):
+            ((cross, options),) = node.execute(seeing.clip, text, seeing.vae, image).result[0]
+            assert torch.equal(shown[0][0], cross)
+            assert torch.equal(shown[0][1]["reference_latents"][0], options["reference_latents"][0])
+    again = run(**given, control_seen=way)
+    assert again.report["kept"] == {"latents": [1, 1], "texts": [5, 5]} and found.report["controls"] == 1
+    other = run(**given, control_seen={"edit": "edit plus", "edit plus": "edit"}[way])
+    assert other.report["kept"]["texts"] == [1, 5]
+    error = ours("lora_ops.errors").TrainingError
+    with pytest.raises(error, match="shown the control pictures"):
+        latents = {"samples": torch.rand(1, 16, 1, 8, 8)}
+        run(folder="none", latents=[latents], captions=["x"], control_latents=[latents], clip=seeing.clip)
+
+
 def test_regularisation_pictures_have_a_weight_and_no_trigger_word_and_are_never_held_out(run, loaded, place):
     folder = place.input / "dogs" / "3_a dog"
     folder.mkdir(parents=True)
@@ -402,6 +533,10 @@ def test_images_over_a_wire_bring_captions_and_masks_or_conditionings(run, loade
         ({"folder": "zorp"}, "There are: zorps"),
         ({"folder": "../input"}, "not below a folder"),
         ({"folder": "/etc"}, "not below a folder"),
+        ({"control_folder": "gone"}, "no such folder"),
+        ({"control_images": [torch.rand(1, 64, 64, 3)]}, "control_images do not go with folder"),
+        ({**IMAGES, "control_images": [torch.rand(1, 64, 64, 3)] * 3}, "1 pictures and 3 control pictures"),
+        ({**IMAGES, "captions": ["x"], "control_folder": "zorps"}, "goes with a folder"),
         ({"regularisation": "dogs"}, "no such folder"),
     ],
 )
@@ -487,6 +622,16 @@ def test_through_the_server_a_changed_folder_is_read_again_and_an_unchanged_one_
     noise(TALL, 2).save(folder / "b.png")
     (grown,) = told(server.post(prompt))
     assert (grown["pictures"], grown["held_out"], grown["kept"]["latents"]) == (1, 1, [1, 2])
+    before = server.base / "input" / "before"
+    before.mkdir()
+    noise(WIDE, 3).save(before / "a.png")
+    paired = prompt | {"2": {**prompt["2"], "inputs": prompt["2"]["inputs"] | {"control_folder": "before"}}}
+    (first,) = told(server.post(paired))
+    assert (first["controls"], first["left_out"]) == (1, [["b.png", "no control picture of its name"]])
+    assert not ran(server.post(paired))
+    noise(TALL, 4).save(before / "b.png")
+    entry = server.post(paired)
+    assert ran(entry) and told(entry)[0]["controls"] == 2
 
 
 def test_through_the_server_a_missing_or_empty_folder_says_what_there_is(server):
@@ -494,5 +639,7 @@ def test_through_the_server_a_missing_or_empty_folder_says_what_there_is(server)
     empty.mkdir(parents=True)
     with pytest.raises(WorkflowError, match="no such folder of pictures"):
         server.post(prompt_of(server, folder="gone"))
+    with pytest.raises(WorkflowError, match="no such folder of pictures"):
+        server.post(prompt_of(server, folder="empty", control_folder="gone"))
     with pytest.raises(WorkflowError, match="The folder 'empty' holds no picture. It holds other/"):
         server.post(prompt_of(server, folder="empty"))

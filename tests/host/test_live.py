@@ -48,6 +48,16 @@ def test_live_equals_patch(model, samples, apply, number):
     assert torch.equal(run(model), plain) and unchanged(model, before)
 
 
+@pytest.mark.parametrize("family", sorted(inside.INPUTS.keys() - set(FAMILIES)))
+def test_live_equals_patch_in_the_other_families(samples, apply, family):
+    model = inside.model(family)
+    loras = [(samples(model, 1, seed=1), 0.8), (samples(model, 1, seed=2), -0.4)]
+    plain = inside.answer(model, family)
+    patched = inside.answer(apply(model, *loras, mode="patch"), family)
+    live = inside.answer(apply(model, *loras, mode="live"), family)
+    assert near(live, patched) and not near(plain, patched, 1e-3)
+
+
 @each_family
 def test_a_chain_of_live_nodes_is_one_hook_per_module_and_adds_up(model, samples, apply):
     loras = [(samples(model, 0, seed=seed), strength) for seed, strength in ((1, 0.8), (2, -0.4), (3, 0.3))]
@@ -348,6 +358,16 @@ def test_on_an_fp8_base_auto_is_live_and_exact_where_baking_is_not(pack, ours, s
     assert module + ".weight" in baked.patches
     assert error(auto) < 0.01 * error(baked)
     auto.detach()
+
+
+def test_on_a_bf16_base_auto_is_patch_and_every_mode_runs(pack, samples, apply):
+    model = inside.model("sd15", torch.bfloat16)
+    tensors = samples(model, 0, seed=1)
+    plain = inside.run(model)
+    auto, patch, live = (inside.run(apply(model, (tensors, 4.0), mode=mode)) for mode in ("auto", "patch", "live"))
+    assert torch.equal(auto, patch) and not torch.equal(patch, live)
+    # each rounds the same change another way
+    assert (patch - live).norm() < 0.3 * (patch - plain).norm()
 
 
 def test_on_a_float_base_auto_is_patch(models, samples, apply):

@@ -197,6 +197,7 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
                 *("trigger_word", "repeats", "mirror", "mask_from", "unmasked_weight", "tag_orders", "keep_tags"),
                 *("caption_dropout", "regularisation", "regularisation_weight", "validation", "aspect_buckets"),
                 *("bucket_step", "enlarge", "cache"),
+                *("control_folder", "control_images", "control_latents", "control_seen"),
             ],
             [("LORA_DATASET", "dataset"), ("IMAGE", "preview"), ("STRING", "report")],
         ),
@@ -218,6 +219,7 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
                 ),
                 *("sample_scheduler", "sample_seed", "precision", "checkpointing", "ema", "dropout"),
                 *("clip_norm", "noise_offset", "guidance", "masked", "validate_every", "dry_run"),
+                "preservation",
             ],
             [
                 ("LORA_MODEL", "lora"),

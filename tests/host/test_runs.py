@@ -48,7 +48,7 @@ def runs(ours, monkeypatch, tmp_path):
     import folder_paths
 
     module = ours("nodes.host.runs")
-    monkeypatch.setattr(module, "_runs", type(module._runs)())
+    monkeypatch.setattr(module.caches, "runs", type(module.caches.runs)())
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     return module
 
@@ -148,7 +148,7 @@ def test_after_a_restart_a_run_is_found_and_gone_on_with(run, runs, host):
     run.saved(20, run.folder / "ink-000020.safetensors", False)  # the engine saves a step before it tells of it
     go(run, host, 20, 23)
     before = whole(run)
-    runs._runs.clear()  # and what came after the last save is lost
+    runs.caches.runs.clear()  # and what came after the last save is lost
     (found,) = runs.listed()
     assert (found["run"], found["state"], found["step"]) == (run.id, "stopped", 20)
     again = runs.begin("5:3", "ink", 120, run.folder, WORKFLOW)
@@ -166,7 +166,7 @@ def test_a_long_run_is_thinned_for_the_page_and_whole_on_disk_and_on_the_wire(ru
     told = run.told(0)
     assert len(told["points"]) <= runs.POINTS and told["points"][-1][0] == 10_000
     assert run.loss_map()["steps"] == list(range(1, 10_001))
-    runs._runs.clear()
+    runs.caches.runs.clear()
     assert runs.find(run.id).loss_map() == run.loss_map()
 
 
@@ -186,7 +186,7 @@ def test_a_history_that_cannot_be_read_hides_no_other(run, runs, host):
     for name, content in {"empty": "", "list": "[]", "old": '{"version": 0}'}.items():
         (runs.root() / name).mkdir()
         (runs.root() / name / "history.json").write_text(content)
-    runs._runs.clear()
+    runs.caches.runs.clear()
     assert [each["run"] for each in runs.listed()] == [run.id]
     begun = runs.begin("1", "list", 10, runs.root() / "list", None)
     go(begun, host, 1, 2)

@@ -154,7 +154,7 @@ def test_a_base_is_found_by_its_name_and_a_missing_one_is_refused(server):
     assert "no name inside the folder" in refusal(filename_prefix="../x")
 
 
-@pytest.mark.parametrize("layout", ["kohya", "comfy", "diffusers", "peft"])
+@pytest.mark.parametrize("layout", ["kohya", "comfy", "diffusers", "peft", "lycoris"])
 def test_a_lora_is_saved_with_its_words_in_any_layout(server, layout):
     inputs = {
         "lora": ["load", 0],

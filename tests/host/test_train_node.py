@@ -150,6 +150,43 @@ def test_a_cancelled_run_is_kept_and_the_next_one_goes_on_as_if_nothing_had_happ
     assert found.data["from_step"] == 3 and same(found.data["path"], whole)
 
 
+def pairs(parts, seed=50):
+    """Pictures and their mirror images, each with its control picture and with the text left out at times."""
+    both = dataset(parts)
+    guises = [(noise(16, 8, 8, seed=seed + n),) for n in range(2)]
+    learned = tuple(
+        dataclasses.replace(
+            each,
+            latents=(each.latents[0], each.latents[0].flip(-1)),
+            controls=(control, (control[0].flip(-1),)),
+        )
+        for each, control in zip(both.pictures, guises, strict=True)
+    )
+    return parts.dataset.Dataset(learned, (), conditioning(64, 768, 9), 0.3)
+
+
+def test_a_run_of_pairs_samples_the_first_control_picture_and_goes_on_after_a_stop(parts, output):
+    from comfy_extras.nodes_edit_model import ReferenceLatent
+
+    whole = carried_out(parts, output, data=pairs(parts), name="whole")
+    stopped = carried_out(parts, output, data=pairs(parts), steps=2)
+    longer = carried_out(parts, output, data=pairs(parts))
+    assert longer.data["from_step"] == 2 and same(longer.data["path"], whole.data["path"])
+    assert torch.equal(longer.samples, whole.samples) and not torch.equal(longer.samples, stopped.samples)
+    with pytest.raises(parts.errors.TrainingError, match="changed since: pictures"):
+        carried_out(parts, output, data=pairs(parts, seed=60))
+    with torch.inference_mode():
+        data, model, settings = pairs(parts), inside.model("flux"), parts.settings.Settings(sample_steps=2)
+        told = ReferenceLatent.execute(
+            data.pictures[0].conditions[0], {"samples": data.pictures[0].controls[0][0][None]}
+        ).result[0]
+        drawn = [
+            parts.course.Course(settings, parts.course.Wires(model, data, positive=wired)).previews.draw(model)
+            for wired in ((), (told,), (data.pictures[0].conditions[0],))
+        ]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_a_run_that_is_finished_by_hand_keeps_what_it_has(parts, output):
     sitting = seated(parts, output)
     at_step(sitting, 3, lambda each: each.run.ask("finish"))

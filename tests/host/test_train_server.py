@@ -85,6 +85,8 @@ def test_a_rehearsal_has_a_report_and_nothing_else(server, prompt):
 
 def test_the_text_encoder_learns_from_captions_and_the_recipe_makes_the_run_again(server, prompt):
     text = {"text_encoder": "on", "text_encoder.learning_rate": 0.001, "steps": 1, "sample_every": 0}
+    text |= {"preservation": "class word", "preservation.trigger_word": "square", "preservation.class_word": "thing"}
+    text |= {"preservation.weight": 1.0}
     data = told(server.post(changed(prompt, name="words", **text)))
     with safe_open(data["path"], "pt") as file:
         first = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118

@@ -10,22 +10,7 @@ import torch
 
 from harness import inside
 
-# family -> width of its text, of its pooled text, a latent
-CASES = {
-    "sd15": (768, 0, (4, 8, 8)),
-    "sdxl": (2048, 1280, (4, 8, 8)),
-    "sd35_medium": (64, 32, (16, 16, 16)),
-    "flux": (64, 768, (16, 16, 16)),
-    "flux2": (64, 0, (128, 8, 8)),
-    "flux2_klein": (64, 0, (128, 8, 8)),
-    "chroma": (64, 0, (16, 16, 16)),
-    "cascade_c": (1280, 1280, (16, 16, 16)),
-    "wan_t2v": (32, 0, (16, 1, 16, 16)),
-    "qwen_image": (64, 0, (16, 1, 16, 16)),
-    "lumina2": (64, 0, (16, 16, 16)),
-    "z_image": (64, 0, (16, 16, 16)),
-    "kandinsky5": (3584, 768, (16, 1, 16, 16)),
-}
+CASES = inside.INPUTS
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +21,7 @@ def train(ours):
         host, plan, loop = ours("nodes.host.training"), ours("lora_ops.train.plan"), ours("lora_ops.train.loop")
         wrapper, timesteps = ours("lora_ops.train.wrapper"), ours("lora_ops.train.timesteps")
         optimizers, places = ours("lora_ops.train.optimizers"), ours("lora_ops.train.places")
+        offload = ours("lora_ops.train.offload")
         select, errors = ours("lora_ops.select"), ours("lora_ops.errors")
 
     return Modules
@@ -119,6 +105,44 @@ def test_gradients_with_and_without_checkpointing_are_the_same(train, family):
     assert loss == pytest.approx(again, rel=1e-6) and plain.keys() == checkpointed.keys()
     for name in plain:
         torch.testing.assert_close(checkpointed[name], plain[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("family", "checkpointing"), [("flux", False), ("sd15", True)])
+def test_a_model_whose_blocks_are_away_learns_the_same(train, apply, samples, monkeypatch, family, checkpointing):
+    """Copies in main memory stand for a device's; the host's own partial unloading has taken the weights away, and with
+    them the LoRA on the model, which is then put on in each call."""
+    model = inside.model(family)
+    session = Session(train, family, apply(model, (samples(model, 0, seed=1), 0.8), mode="patch"))
+    brought, offloads = [], []
+
+    def bring(tensors):
+        brought.append(len(tensors))
+        copies = [tensor.clone() for tensor in tensors]
+        return lambda: copies
+
+    def offload_of(patcher):
+        offloads.append(train.offload.Offload(patcher.model.diffusion_model, bring, lambda tensor: True))
+        return offloads[0]
+
+    def learned(**more):
+        with torch.inference_mode():
+            model = train.host.Model(session.patcher)
+            plan = train.plan.Plan(2, (train.places.Aim(rank=4),), descent=train.optimizers.Descent(rate=1e-2))
+            return model.learn(plan, [session.item], name="x", checkpointing=checkpointing, **more).modules
+
+    with pytest.raises(train.errors.TrainingError, match="offload"):
+        learned(offload=True)
+    plain, names = learned(), set(session.patcher.model.state_dict())
+    monkeypatch.setattr(train.host, "offload_of", offload_of)
+    away, foreseen = learned(offload=True), offloads[0].most
+    assert len(brought) > len(offloads[0].blocks) > 2 and foreseen > 0
+    for name, adapter in plain.items():
+        torch.testing.assert_close(away[name].up, adapter.up, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(away[name].down, adapter.down, rtol=1e-5, atol=1e-8)
+    assert set(session.patcher.model.state_dict()) == names
+    again = learned()
+    for name, adapter in plain.items():
+        torch.testing.assert_close(again[name].up, adapter.up, rtol=1e-5, atol=1e-8)
 
 
 def test_gradients_are_those_of_the_merged_weights(train):

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lora_ops.adapters import ALGEBRAS, Additive, Full, LowRank, build, fused
+from lora_ops.adapters import ALGEBRAS, Additive, Full, LowRank, add_all_, build
+from lora_ops.adapters import lora as lora_module
 from lora_ops.errors import AdapterError, ShapeError
 
 
@@ -221,21 +222,38 @@ def test_packing_loses_nothing(name):
 
 
 @each_branch
-def test_fused_terms_have_the_same_sum(name):
+@pytest.mark.parametrize("block", [lora_module.BLOCK, 7])
+def test_terms_together_have_the_same_sum(name, block, monkeypatch):
+    monkeypatch.setattr(lora_module, "BLOCK", block)
     adapter, shape, exact = CASES[name]
     weight = rand(*shape, seed=7, dtype=torch.float64)
     changed = weight.clone()
-    for term, strength in fused([(adapter, 0.8), (adapter, -0.3), (adapter, 1.0)], torch.float64):
-        term.add_(changed, strength)
+    add_all_(changed, [(adapter, 0.8), (adapter, -0.3), (adapter, 1.0)])
     torch.testing.assert_close(changed, weight + 1.5 * exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_loras_of_different_types_add_up_and_stay_as_they_were(dtype):
+    """Of one type, and beside one of another."""
+    mine = [LowRank(rand(6, 2, seed=n).to(dtype), rand(2, 5, seed=n + 9).to(dtype), 1.0) for n in range(2)]
+    other = LowRank(rand(6, 3), rand(3, 5), None)
+    for adapters in (mine[:1], mine, [*mine, other]):
+        kept = [(each.up.clone(), each.down.clone()) for each in adapters]
+        exact = sum(0.3 * each.scale * (each.up.double() @ each.down.double()) for each in adapters)
+        changed = torch.zeros(6, 5, dtype=torch.float64)
+        add_all_(changed, [(each, 0.3) for each in adapters])
+        torch.testing.assert_close(changed, exact, rtol=1e-12, atol=1e-12)
+        for each, (up, down) in zip(adapters, kept, strict=True):
+            assert torch.equal(each.up.double(), up.double()) and torch.equal(each.down.double(), down.double())
 
 
 @each_branch
 def test_inputs_are_never_changed(name):
     adapter, shape, _ = CASES[name]
     before = [value.clone() if isinstance(value, torch.Tensor) else value for value in adapter.packed()]
-    adapter.add_(rand(*shape), 0.5)
-    list(fused([(adapter, 2.0), (adapter, 3.0)], torch.float32))
+    for dtype in (torch.float32, torch.float64):
+        adapter.add_(rand(*shape, dtype=dtype), 0.5)
+        add_all_(rand(*shape, dtype=dtype), [(adapter, 2.0), (adapter, 3.0)])
     assert adapter.swapped is adapter.swapped
     for old, new in zip(before, adapter.packed(), strict=True):
         assert torch.equal(old, new) if isinstance(old, torch.Tensor) else old == new

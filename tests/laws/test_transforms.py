@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_ops.adapters import ALGEBRAS, BOFT, Adapter, DoRA, InputOFT, LowRank, Transform, build, fused
+from lora_ops.adapters import ALGEBRAS, BOFT, Adapter, DoRA, InputOFT, LowRank, Transform, add_all_, build
 from lora_ops.errors import AdapterError, ShapeError
 from lora_ops.landing import Piece, add_, merged
 from lora_ops.lora import Band
@@ -356,8 +356,15 @@ def test_a_strength_of_the_host_multiplies_each_piece():
 
 def test_neighbours_are_not_joined_across_one_whose_order_counts():
     dora, plain = CASES["DoRA 0-D per output"].adapter, build(lora())
-    terms = list(fused([(plain, 1.0), (plain, 1.0), (dora, 1.0), (plain, 1.0), (plain, 1.0)], torch.float32))
-    assert [type(adapter) for adapter, _ in terms] == [LowRank, DoRA, LowRank]
+    terms = [(plain, 1.0), (plain, 1.0), (dora, 1.0), (plain, 1.0), (plain, 1.0)]
+    together = rand(OUT, IN, seed=7, dtype=torch.float64)
+    one_by_one, last = together.clone(), together.clone()
+    add_all_(together, terms)
+    for adapter, strength in terms:
+        adapter.add_(one_by_one, strength)
+    torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=1e-12)
+    add_all_(last, sorted(terms, key=lambda term: term[0] is dora))
+    assert (last - together).norm() > 1e-3 * together.norm()
 
 
 def test_a_row_of_zeros_stays_zero():

@@ -11,17 +11,18 @@ import torch
 from lora_ops.adapters import LowRank
 from lora_ops.dialects import target_map
 from lora_ops.families import FAMILIES, flux, text, unet
+from lora_ops.files import TensorFile
 from lora_ops.landing import land, merged
 from lora_ops.layouts import LAYOUTS, write
 from lora_ops.layouts.factors import overlap
-from lora_ops.lora import Band, Lora, TargetMap, read_lora
+from lora_ops.lora import Band, Lora, TargetMap, from_file, read_lora
 from lora_ops.stack import Entry
 
 peft = pytest.importorskip("peft", reason="peft is the oracle here; it is in the test environment")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
 loaders = pytest.importorskip("diffusers.loaders")
 
-KOHYA, COMFY, DIFFUSERS, PEFT = LAYOUTS
+KOHYA, COMFY, DIFFUSERS, PEFT, LYCORIS = LAYOUTS
 BY_NAME = {family.name: family for family in FAMILIES}
 CHANNELS = {"sd15": (1, 2, 4, 4), "sdxl": (1, 2, 4)}
 
@@ -226,3 +227,51 @@ def test_a_dora_that_peft_saved_is_written_as_peft_loads_it(tmp_path):
     again = peft.PeftModel.from_pretrained(model, str(tmp_path / "ours")).merge_and_unload().state_dict()
     require_equal(again, expected)
     assert sum(not torch.equal(again[key], start[key]) for key in start) > 30
+
+
+def of_every_algebra(module: str, rows: int, inputs: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Random factors of each algebra that LyCORIS has, as files spell them."""
+    generator = torch.Generator().manual_seed(1)
+
+    def made(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        noise = {name: torch.randn(shape, generator=generator) / 2 for name, shape in shapes.items()}
+        return {f"{module}.{name.replace('__', '.')}": tensor for name, tensor in noise.items()}
+
+    factors = {"lora_down__weight": (2, inputs), "lora_up__weight": (rows, 2), "alpha": ()}
+    halves = {"hada_w1_a": (rows, 2), "hada_w1_b": (2, inputs), "hada_w2_a": (rows, 2), "hada_w2_b": (2, inputs)}
+    return {
+        "LoRA": made(**factors),
+        "DoRA": made(**factors, dora_scale=(rows, 1)),
+        "LoHa": made(**halves),  # at scale 1: when it merges, LyCORIS takes the scale of a LoHa twice
+        "LoKr": made(lokr_w1=(2, 4), lokr_w2=(rows // 2, inputs // 4)),
+        "Diag-OFT": made(oft_blocks=(rows // 4, 4, 4)),
+    }
+
+
+@pytest.mark.parametrize("algebra", ["LoRA", "DoRA", "LoHa", "LoKr", "Diag-OFT"])
+def test_lycoris_loads_our_file_of_parts_of_fused_weights_and_merges_what_we_merge(tmp_path, algebra):
+    wrapper = pytest.importorskip("lycoris.wrapper", reason="lycoris is the oracle here; it is in the test environment")
+    torch.manual_seed(0)
+    model, shapes = flux_model()
+    shapes = {f"diffusion_model.{key}": shape for key, shape in shapes.items()}
+    targets, tensors = target_map(BY_NAME["flux"], shapes), {}
+    parts = ("single_transformer_blocks.1.attn.to_v", "transformer_blocks.0.attn.add_k_proj", "proj_out")
+    before = {part: model.get_submodule(part).weight.detach().clone() for part in parts}
+    for part, weight in before.items():
+        tensors |= of_every_algebra(f"transformer.{part}", *weight.shape)[algebra]
+    lora = from_file(TensorFile("parts", tensors))
+    assert lora.modules.keys() == {f"transformer.{part}" for part in parts} and not lora.leftover
+    landing = land([Entry(lora, {"model": 1.0})], targets)
+    write(tmp_path / "lora.safetensors", lora, LYCORIS, BY_NAME["flux"], shapes=shapes)
+    network, _ = wrapper.create_lycoris_from_weights(1.0, str(tmp_path / "lora.safetensors"), model)
+    assert len(network.loras) == len(parts)
+    network.merge_to(1.0)
+    for part, weight in before.items():
+        target, _ = targets.names[f"transformer.{part}"]
+        whole = torch.zeros(target.shape)
+        whole.narrow(0, target.rows.start, target.rows.length).copy_(weight)
+        ours = merged(whole, landing.pieces[target.part, target.key])
+        ours = ours.narrow(0, target.rows.start, target.rows.length)
+        theirs = model.get_submodule(part).weight.detach()
+        # both in float32: a few units in the last place of the sums
+        assert (ours - theirs).norm() < 1e-5 * (theirs - weight).norm() and not torch.equal(theirs, weight), part

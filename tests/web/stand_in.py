@@ -1,6 +1,8 @@
-"""A node of the host that trains nothing: it tells of steps as training does, as far as a test lets it go.
+"""Nodes of the host that stand for others.
 
-It stands for LoRA Ops' own node where only what is seen of a run matters. Its state is a number in a file.
+LoraOpsStandIn trains nothing: it tells of steps as training does, as far as a test lets it go, where only what is seen
+of a run matters. Its state is a number in a file. LoraOpsStandInPictures has latents and conditionings for the small
+world's FLUX without any VAE or CLIP.
 """
 
 import math
@@ -9,6 +11,7 @@ import sys
 import time
 
 import comfy.model_management
+import torch
 from aiohttp import web
 from PIL import Image, ImageDraw
 from server import PromptServer
@@ -111,4 +114,21 @@ def pictures(step):
     return found
 
 
-NODE_CLASS_MAPPINGS = {"LoraOpsStandIn": StandIn}
+class Pictures:
+    CATEGORY = "test"
+    FUNCTION = "made"
+    RETURN_TYPES = ("LATENT", "CONDITIONING")
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {}}
+
+    def made(self):
+        draws = torch.Generator().manual_seed(0)
+        latent, tokens, pooled = (
+            torch.randn(shape, generator=draws) for shape in ((1, 16, 12, 12), (1, 77, 768), (1, 768))
+        )
+        return {"samples": latent}, [[tokens, {"pooled_output": pooled}]]
+
+
+NODE_CLASS_MAPPINGS = {"LoraOpsStandIn": StandIn, "LoraOpsStandInPictures": Pictures}

@@ -279,3 +279,38 @@ def test_what_a_server_that_is_gone_began_is_shown_gone_on_with_and_finished_ear
 )
 def test_what_is_known_of_a_run_and_how_it_is_told(tabs, call, found):
     assert tabs["classic"].run(PURE + f"return {call};", HISTORY) == found
+
+
+INTO = """
+    app.canvas.setGraph(app.rootGraph.nodes.find((node) => node.subgraph).subgraph);
+    Object.assign(app.canvas.ds, {scale: 0.9, offset: [0, 40]});
+    app.canvas.setDirty(true, true);
+"""
+CLICK = f"document.querySelector(`{PANEL} [data-want=${{given[0]}}]`).click();"
+
+
+def test_a_run_in_a_subgraph_is_seen_there_and_does_what_it_is_told(tabs, allow):
+    """The last of all: the host goes back to an open subgraph whatever is loaded next."""
+    classic, nodes2 = both = list(tabs.values())
+    flat = classic.new("inner", str(uuid.uuid4()))
+    classic.load(flat)
+    workflow = classic.run("app.graph.convertToSubgraph(new Set(app.graph.nodes)); return app.rootGraph.serialize();")
+    nodes2.clear()
+    nodes2.load(workflow)
+    allow(25)
+    classic.start()
+    for tab in both:
+        tab.run(INTO)
+    nodes2.reload()  # which opens the subgraph again or not, as the host likes
+    nodes2.load(workflow)
+    nodes2.run(INTO)
+    for tab in both:
+        tab.shows(state="Training", step="25/100 steps", points=[25, 25, 1], saves=[20], samples=[20], buttons=ON)
+    classic.run(CLICK, "sample")
+    for tab in both:
+        tab.shows(samples=[20, 25], note="Sampled at step 25")
+    nodes2.run(CLICK, "finish")
+    for tab in both:
+        tab.shows(state="Finished early", buttons=OFF, step="25/100 steps")
+        assert [each for each in tab.console() if MOUNT in each] == []
+        tab.run("app.canvas.setGraph(app.rootGraph);")

@@ -10,9 +10,9 @@ from torch import nn
 
 from lora_ops.lora import Named, Target, TargetMap
 from lora_ops.select import Pattern
+from lora_ops.train.blocks import checkpointed
 from lora_ops.train.data import Item
 from lora_ops.train.loop import Run, train
-from lora_ops.train.memory import checkpointed
 from lora_ops.train.optimizers import Descent
 from lora_ops.train.places import Aim, Place
 from lora_ops.train.plan import Plan

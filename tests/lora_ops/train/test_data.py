@@ -10,7 +10,7 @@ import torch
 
 from lora_ops.errors import TrainingError
 from lora_ops.train import state
-from lora_ops.train.data import Item, batches
+from lora_ops.train.data import Guises, Item, batches
 from lora_ops.train.randomness import generator
 from tests.lora_ops.train.small import PLAN, Small, items
 
@@ -74,6 +74,20 @@ def test_guises_go_on_as_they_would_have_after_a_restart(accumulate, tmp_path):
     rest.train()
     assert rest.told == [each for each in whole.told if each[0] >= 3] and len(set(whole.told)) > 4
     assert all(torch.equal(tensor, whole.result()[name]) for name, tensor in rest.result().items())
+
+
+def test_what_a_condition_shows_is_mirrored_with_the_picture_with_text_and_without():
+    latent = items(1)[0].latents[0]
+    item = Item((latent, latent.flip(-1)), (Guises("ab"), Guises("cd")), empty=Guises("ef"), dropout=0.3)
+    draws, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(60):
+        guise = item.guise(draws)
+        turned = torch.equal(guise.latent, item.latents[1])
+        assert guise.condition in ("bdf" if turned else "ace")
+        seen.add(guise.condition)
+    assert seen == set("abcdef") and item.guise().condition == "a"
+    with pytest.raises(TrainingError, match="2 latents has a condition in other guises"):
+        replace(item, empty=Guises("e"))
 
 
 def test_the_loss_of_a_regularisation_picture_counts_as_its_weight_says():

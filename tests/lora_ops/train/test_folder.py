@@ -78,10 +78,55 @@ def test_whatever_is_not_used_is_named_with_the_reason(put):
     }
 
 
-@pytest.mark.parametrize("control", ["a_control.png", "control/a.png"])
-def test_pairs_of_an_edit_are_refused_by_name(put, control):
-    with pytest.raises(TrainingError, match="control.*pairs of pictures"):
-        read_folder(put("a.png", control))
+def controls(folder, chosen=None) -> dict[str, list[str]]:
+    found = read_folder(folder, chosen).sources
+    return {each.name: [path.relative_to(folder.parent).as_posix() for path in each.controls] for each in found}
+
+
+def test_control_pictures_are_beside_or_in_folders_in_the_order_of_their_numbers(put):
+    folder = put("in/a_1.png", "in/a_1_control.png", "in/control/a_1.png", "in/a_1.txt", "in/control/a.jpg") / "in"
+    assert controls(folder) == {"a_1.png": ["in/a_1_control.png", "in/control/a_1.png"]}
+    put("in/b.png", "in/control_2/b.png", "in/control_10/b.png", "in/b_control_2.png", "in/b_control_1.png")
+    put("in/2_x/c.png", "in/control/2_x/c.png", "in/2_x/control/c.png", "in/2_x/d.png", "in/2_x/d_control.png")
+    assert controls(folder) == {
+        "a_1.png": ["in/a_1_control.png", "in/control/a_1.png"],
+        "b.png": ["in/b_control_1.png", "in/b_control_2.png", "in/control_2/b.png", "in/control_10/b.png"],
+        "2_x/c.png": ["in/2_x/control/c.png", "in/control/2_x/c.png"],
+        "2_x/d.png": ["in/2_x/d_control.png"],
+    }
+    assert dict(read_folder(folder).left_out) == {"control/a.jpg": "a control picture of no picture"}
+
+
+def test_a_chosen_folder_holds_one_control_picture_of_each_or_several_by_number(put):
+    folder = put("in/a.png", "in/b.png", "in/b_1.png", "was/a_2.png", "was/a_1.png", "was/b.png", "was/b_1.png") / "in"
+    chosen = folder.parent / "was"
+    assert controls(folder, chosen) == {
+        "a.png": ["was/a_1.png", "was/a_2.png"],
+        "b.png": ["was/b.png"],
+        "b_1.png": ["was/b_1.png"],
+    }
+    put("in/2_x/a.png", "was/2_x/a.png")
+    assert controls(folder, chosen)["2_x/a.png"] == ["was/2_x/a.png"]
+    assert not read_folder(folder, chosen).left_out and set(captions(folder)) == {
+        "a.png",
+        "b.png",
+        "b_1.png",
+        "2_x/a.png",
+    }
+    with pytest.raises(TrainingError, match="no control picture for 'in'.*such as a.png in it"):
+        read_folder(folder, put("other/z.png") / "other")
+
+
+def test_of_pairs_whose_other_half_is_missing_each_is_left_out_by_name(put):
+    folder = put("a.png", "b.png", "control/a.png", "control/z.png", "z_control.png", "5_x/c.png", "5_x/control/y.png")
+    assert [each.name for each in read_folder(folder).sources] == ["a.png"]
+    assert dict(read_folder(folder).left_out) == {
+        "b.png": "no control picture of its name",
+        "z_control.png": "no control picture of its name",
+        "control/z.png": "a control picture of no picture",
+        "5_x/c.png": "no control picture of its name",
+        "5_x/control/y.png": "a control picture of no picture",
+    }
 
 
 def test_a_table_leads_nowhere_outside_of_its_folder(put, tmp_path):

@@ -84,6 +84,7 @@ def test_a_report_of_many_names_stays_short():
         "buckets": [[f"{n}×{n}", n] for n in range(30)],
         "captions": {"written": 0, "without": [f"{n}.png" for n in range(900)], "trigger": ""},
         "masks": 0,
+        "controls": 0,
         "mirrored": False,
         "dropout": 0.0,
         "kept": {"latents": [0, 900], "texts": [0, 1]},

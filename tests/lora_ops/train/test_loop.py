@@ -237,3 +237,35 @@ def test_gradients_too_large_for_float16_are_tried_again_with_a_smaller_scale():
     assert made.run.step == 3 and made.run.scaler.get_scale() < 2.0**32
     for name, tensor in plain.result().items():
         torch.testing.assert_close(made.result()[name], tensor, rtol=0.05, atol=0.005)
+
+
+def test_what_is_learned_beside_an_item_takes_its_noise_and_pulls_to_the_base_model():
+    """Beside each batch the base is asked once, and the model once more, at the same noisy latents."""
+    beside = [replace(item, beside=Item(item.latents, of_base=True, weight=3.0)) for item in items(2)]
+    asked = []
+
+    def spy(made):
+        predict = made.predict
+
+        def told(noisy, sigma, conditions):
+            asked.append((noisy.clone(), sigma.clone(), torch.is_grad_enabled()))
+            return predict(noisy, sigma, conditions)
+
+        made.predict = told
+        return made
+
+    plan = replace(PLAN, steps=1, batch=1)
+    made, alone = spy(Small(plan, beside)).train(), Small(plan, items(2)).train()
+    assert [grad for _, _, grad in asked] == [True, False, True]
+    assert all(torch.equal(noisy, asked[0][0]) and torch.equal(sigma, asked[0][1]) for noisy, sigma, _ in asked)
+    assert made.seen[0].loss == alone.seen[0].loss  # nothing is lost of the base yet
+    plan = replace(PLAN, steps=30, batch=1, accumulate=2)
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
+
+    def drift(items):
+        made = Small(plan, items).train()
+        before = made.model(x)
+        made.wrapper.install()
+        return (made.model(x) - before).norm()
+
+    assert drift(beside) < drift(items(2))

@@ -1,11 +1,18 @@
-"""What a step is foreseen to keep: every block's inside, or with checkpointing every block's input and one inside."""
+"""What a step is foreseen to keep: every block's inside, or with checkpointing every block's input and one inside;
+and what of a block is computed again."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from lora_ops.train.memory import checkpointed, probe
+from lora_ops.adapters import LowRank
+from lora_ops.lora import Target
+from lora_ops.train.blocks import checkpointed
+from lora_ops.train.memory import probe
+from lora_ops.train.places import Place
+from lora_ops.train.wrapper import Wrapper
 
 SIDE = 64
 
@@ -50,3 +57,61 @@ def test_a_probe_keeps_nothing_and_tells_what_the_model_answers():
     found = probe(lambda: model(x))
     assert torch.equal(found.result, model(x)) and not found.result.requires_grad and not found.overwrites
     assert probe(lambda: torch.tanh(y := x * 2).add_(y)).overwrites  # tanh keeps what it gave
+
+
+class Adding(Block):
+    """Writes into what it is given, as FLUX's blocks do."""
+
+    def forward(self, x):
+        x += super().forward(x)
+        return x
+
+
+class Gated(Block):
+    """Writes into what it keeps itself."""
+
+    def forward(self, x):
+        y = torch.tanh(self.first(x))
+        return y.mul_(2)
+
+
+@pytest.mark.parametrize("kind", [Adding, Gated])
+def test_a_probe_sees_what_cannot_be_computed_again_as_it_is(kind):
+    model, x = Model(2), torch.randn(SIDE, SIDE).requires_grad_()
+    model.blocks[1] = kind()
+    for out_of_place in (False, True):
+        with checkpointed(model, lambda out_of_place=out_of_place: out_of_place):
+            assert probe(lambda: model(x * 1)).overwrites is not out_of_place
+            assert not probe(lambda: Model(2)(x)).overwrites
+
+
+class Counting(nn.Linear):
+    count = 0
+
+    def forward(self, input):
+        self.count += 1
+        return super().forward(input)
+
+
+class Ending(Block):
+    """A map is the last that it does, as in the residual blocks of a UNet."""
+
+    def forward(self, x):
+        return x + self.second(torch.tanh(self.first(x)))
+
+
+def test_a_block_computed_again_stops_before_its_last_map():
+    """Nobody asks again for what that gives: the gradient of its update needs its input alone."""
+    model, block = Model(1), Ending()
+    model.blocks[0] = block
+    block.first, block.second = (Counting(SIDE, SIDE).requires_grad_(False) for _ in range(2))
+    target = Target("model", "blocks.0.second.weight", (SIDE, SIDE), names=("second",))
+    adapter = LowRank(torch.randn(SIDE, 2), torch.randn(2, SIDE), 2.0)
+    wrapper = Wrapper(dict(model.named_modules()), {Place("second", target, 2, 2.0): adapter})
+    wrapper.install()
+    x = torch.randn(SIDE, SIDE).requires_grad_()
+    (plain,) = torch.autograd.grad(model(x).square().sum(), x)
+    with checkpointed(model, lambda: False):
+        (again,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert torch.equal(plain, again)
+    assert (block.first.count, block.second.count) == (3, 2)

@@ -100,6 +100,10 @@ def test_a_sheet_shows_every_picture_and_dims_what_a_mask_leaves_out():
     mask[:, :, 4:] = 1
     one = thumb(white, mask, "a caption that is a good deal longer than a thumbnail is wide " * 9)
     assert one.image.getpixel((10, 50))[0] < 100 < 250 < one.image.getpixel((180, 50))[0]
+    black = torch.zeros(1, 32, 32, 3)
+    pair = thumb(white, None, "", [black, black])  # of the picture's height, in their order
+    assert pair.image.width == 3 * pair.image.height
+    assert pair.image.getpixel((120, 20))[0] < 9 and pair.image.getpixel((140, 20))[0] > 250
     whole = sheet([one] * 7)
     assert whole.shape[0] == 1 and whole.shape[3] == 3 and whole.shape[2] > 3 * pixels.THUMB
     assert sheet([]).shape[3] == 3
