@@ -286,8 +286,8 @@ def identity(study: Study) -> Claim:
     before, few, every = found.values()
     return Claim(
         "Queries and keys alone transfer an identity, while pose and composition stay with the base: so it is said of "
-        "what a model can paint already, which a zorp is not. Here the word zorp comes to mean a red circle, on grounds of "
-        "other colours.",
+        "what a model can paint already, which a zorp is not. Here the word zorp comes to mean a red circle, on "
+        "grounds of other colours.",
         f"With queries and keys alone {few['red circles']:.0%} of the pictures show a red circle (none trained: "
         f"{before['red circles']:.0%}, all weights: {every['red circles']:.0%}), {few['their place']:.0%} at the place "
         f"and {few['their ground']:.0%} on the ground that the caption says. Other captions are drawn right in "
