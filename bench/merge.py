@@ -156,11 +156,13 @@ def _measured(contestant: Callable[..., Callable[[], None]], *paths: Path) -> di
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    start, cpu = time.perf_counter(), time.process_time()
-    run()
-    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    stop.set()
-    sampler.join()
+    try:
+        start, cpu = time.perf_counter(), time.process_time()
+        run()
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    finally:  # or a contestant that fails would never end
+        stop.set()
+        sampler.join()
     return {"seconds": seconds, "cpu_seconds": cpu, "anonymous_mb": peak - before}
 
 
@@ -192,7 +194,7 @@ def _host(comfy_path: Path, base: Path, lora: Path, out: Path) -> Callable[[], N
 
     def run() -> None:
         model, clip, *_ = comfy.sd.load_checkpoint_guess_config(
-            *(str(base), False), output_vae=False, model_options={"dtype": torch.float16}
+            str(base), output_vae=False, model_options={"dtype": torch.float16}
         )
         tensors = comfy.utils.load_torch_file(str(lora), safe_load=True)
         model, clip = comfy.sd.load_lora_for_models(model, clip, tensors, 0.8, 0.8)

@@ -293,14 +293,24 @@ VARIANTS: dict[str, tuple[str, Config]] = {
 # not in PUBLISHED the host does not have.
 _CASCADE = ("SDCascadeResBlock", "SDCascadeTimestepBlock", "SDCascadeAttnBlock")
 DIFFUSERS: dict[str, tuple[str, Config]] = {
-    "sd15": ("UNet2DConditionModel", {"cross_attention_dim": 768}),
-    "sd2": ("UNet2DConditionModel", {"cross_attention_dim": 1024, "use_linear_projection": True}),
+    "sd15": ("UNet2DConditionModel", {"cross_attention_dim": 768, "sample_size": 64}),
+    "sd2": (
+        "UNet2DConditionModel",
+        {
+            "cross_attention_dim": 1024,
+            "use_linear_projection": True,
+            "attention_head_dim": (5, 10, 20, 20),
+            "sample_size": 64,
+        },
+    ),
     "sdxl": (
         "UNet2DConditionModel",
         {
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             "block_out_channels": (320, 640, 1280),
+            "attention_head_dim": (5, 10, 20),
+            "sample_size": 128,
             "transformer_layers_per_block": (1, 2, 10),
             "cross_attention_dim": 2048,
             "use_linear_projection": True,

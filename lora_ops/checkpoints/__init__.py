@@ -1,6 +1,6 @@
 """Checkpoints: models on disk, as one value; LoRAs merged into them and taken off again, in little memory."""
 
-from .components import STEM, WHOLE, Component, component, shards
+from .components import STEM, Component, component, shards
 from .disk import Checkpoint, Stored, opened
 from .merging import DTYPES, contents, merge, metadata
 from .unmerging import Bound, Distance, bounds, distance, subtract
@@ -8,7 +8,6 @@ from .unmerging import Bound, Distance, bounds, distance, subtract
 __all__ = [
     "DTYPES",
     "STEM",
-    "WHOLE",
     "Bound",
     "Checkpoint",
     "Component",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeVar
 
@@ -16,16 +16,11 @@ from ..errors import TargetError
 from ..families import Family, Shapes
 from ..files import Lazy
 from ..lora import Target
+from .configurations import Config, config_of
 from .disk import INDEX, SUFFIX, tile
 
 T = TypeVar("T", Tensor, Lazy, Tensor | Lazy)
 STEM = "diffusion_pytorch_model"
-# Whose denoiser is the same network in diffusers, tensor for tensor. Of others a table names the layers alone: what
-# they have besides is elsewhere, or called otherwise, there.
-WHOLE = (
-    *("sd15", "sd2", "sdxl", "flux", "flux2", "flux2_klein"),
-    *("hunyuan_video", "kandinsky22_decoder", "qwen_image", "kandinsky5"),
-)
 
 
 class Component(NamedTuple):
@@ -34,6 +29,7 @@ class Component(NamedTuple):
 
     folder: str
     places: Mapping[str, Target]
+    config: Config | None  # what its config.json says; None where shapes do not tell
 
     def split(self, native: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by the model's own names -> by diffusers'."""
@@ -61,26 +57,36 @@ class Component(NamedTuple):
 def component(family: Family, shapes: Shapes) -> Component:
     """The component of a model of a family (its own names without prefix -> shapes).
 
-    Raises TargetError for a weight whose name in diffusers the family does not know.
+    Raises TargetError for a weight whose name in diffusers the family does not know, and for a model that is two
+    components there.
     """
     remedy = "Choose the layout 'diffusion model'."
-    if family.name not in WHOLE:
-        raise TargetError(f"{family.title} has weights whose names in diffusers are not known.", remedy=remedy)
-    network = family.components[0]
+    network, *others = (component for component in family.components if component.part == "model")
+    if others:
+        raise TargetError(f"{family.title} is two models in two folders of diffusers.", remedy=remedy)
     found: dict[str, Target] = {}
     by_key: dict[str, list[Target]] = {key: [] for key in shapes}
     for place in network.places(shapes):
         for ending in ("weight", "bias") if place.diffusers else ():
             key = re.sub("weight$", ending, place.key)
-            if key in shapes:
+            if key in shapes and not _whole(by_key[key]):  # what has two sets of names is written in the first
                 target = Target("model", key, shapes[key], place.band, place.swap)
                 found[f"{place.diffusers}.{ending}"] = target
                 by_key[key].append(target)
+    for key, shape in shapes.items():
+        if name := network.parameter(key):
+            found[name] = Target("model", key, shape)
+            by_key[key].append(found[name])
     for key, targets in by_key.items():
-        if not targets or not tile(targets):
+        if not _whole(targets):
             what = f"has no one name in diffusers that is known for {family.title}."
             raise TargetError(what, module=key, remedy=remedy)
-    return Component(network.prefixes["diffusers"][0].rstrip("."), found)
+    config = config_of(family, {name: target.delta_shape for name, target in found.items()})
+    return Component(network.prefixes["diffusers"][0].rstrip("."), found, config)
+
+
+def _whole(targets: Sequence[Target]) -> bool:
+    return bool(targets) and tile(targets)
 
 
 def shards(tensors: Mapping[str, T], limit: float) -> tuple[dict[str, dict[str, T]], dict[str, str]]:

@@ -205,8 +205,8 @@ def _tensor(
         return tensor, {}
     if rounded != entry.dtype:
         return tensor, dict.fromkeys((scale.name, *scale.others))
-    shape = where[scale.name].entries[scale.name].shape
-    return tensor, {scale.name: Lazy(torch.float32, shape, lambda: [change.new_scale])}
+    shape, size = where[scale.name].entries[scale.name].shape, entry.end - entry.start
+    return tensor, {scale.name: Lazy(torch.float32, shape, lambda: [change.new_scale], before=size)}
 
 
 Tell = Callable[[str, Survival], None]  # of a weight

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ..lora import Band
@@ -36,6 +37,13 @@ class Component:
     published: Callable[[], Shapes]  # the weights of the published model
     sources: tuple[str, ...]  # prefixes in state dicts and checkpoints, the host's own first
     prefixes: Mapping[str, tuple[str, ...]]  # in LoRA files, by the Dialect's `prefix`; the first is the one we write
+    # what is no layer's -> its name in diffusers, {} for each number
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def parameter(self, key: str) -> str | None:
+        """What diffusers calls a tensor that is no layer's, which no LoRA speaks of; None where that is not known."""
+        name = self.parameters.get(_NUMBER.sub("{}", key))
+        return name and name.format(*_NUMBER.findall(key))
 
     def role(self, place: Place, shape: tuple[int, ...]) -> str:
         """What a place does: one of ROLES."""
@@ -93,7 +101,10 @@ DENOISER: Mapping[str, tuple[str, ...]] = {
 
 
 def denoiser(
-    places: Callable[[Shapes], Iterable[Place]], published: Callable[[], Shapes], pipe: str = "transformer"
+    places: Callable[[Shapes], Iterable[Place]],
+    published: Callable[[], Shapes],
+    pipe: str = "transformer",
+    parameters: Mapping[str, str] = MappingProxyType({}),
 ) -> Component:
     """The network of a family that LoRAs are mostly for, where hosts and checkpoints keep it.
 
@@ -102,7 +113,8 @@ def denoiser(
     own = f"{pipe}."
     others = (prefix for prefix in DENOISER["diffusers"] if prefix != own)
     prefixes = {**DENOISER, "diffusers": (own, *others)}
-    return Component("model", places, published, ("diffusion_model.", "model.diffusion_model.", ""), prefixes)
+    sources = ("diffusion_model.", "model.diffusion_model.", "")
+    return Component("model", places, published, sources, prefixes, parameters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +179,7 @@ def table(rows: Sequence[Naming]) -> Callable[[Shapes], Iterator[Place]]:
     return places
 
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # a block's number
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")  # a block's number
 
 
 def placed(

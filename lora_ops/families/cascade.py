@@ -121,23 +121,29 @@ def wuerstchen_shapes(*, width: int = 1536, depth: int = 32, condition: int = 12
     return found | layer("out.1", 32, width, 1, 1)
 
 
+_PARAMETERS = {
+    (name := f"{blocks}.channelwise.{{}}.{norm}"): name
+    for blocks in ("down_blocks.{}.{}", "up_blocks.{}.{}", "blocks.{}")
+    for norm in ("gamma", "beta")
+}
+
 CASCADE_C = Family(
     "cascade_c",
     "Stable Cascade, stage C",
-    components=(denoiser(_places, stage_c_shapes, "prior"), CLIP_G_ALONE),
+    components=(denoiser(_places, stage_c_shapes, "prior", _PARAMETERS), CLIP_G_ALONE),
     recognises=lambda shapes: "clip_txt_mapper.weight" in shapes,
 )
 
 CASCADE_B = Family(
     "cascade_b",
     "Stable Cascade, stage B",
-    components=(denoiser(_places, stage_b_shapes, "decoder"), CLIP_G_ALONE),
+    components=(denoiser(_places, stage_b_shapes, "decoder", _PARAMETERS), CLIP_G_ALONE),
     recognises=lambda shapes: "effnet_mapper.0.weight" in shapes,
 )
 
 WUERSTCHEN = Family(
     "wuerstchen",
     "Wuerstchen v2 (prior)",
-    components=(denoiser(identical, wuerstchen_shapes, "prior"),),
+    components=(denoiser(identical, wuerstchen_shapes, "prior", _PARAMETERS),),
     recognises=lambda shapes: "cond_mapper.0.weight" in shapes and "blocks.0.depthwise.weight" in shapes,
 )

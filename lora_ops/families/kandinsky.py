@@ -87,10 +87,12 @@ def decoder_shapes(
     return found | layer("conv_out", 8, width, 3, 3)
 
 
+_PARAMETERS = {name: name for name in ("clip_mean", "clip_std", "positional_embedding", "prd_embedding")}
+
 KANDINSKY_PRIOR = Family(
     "kandinsky22_prior",
     "Kandinsky 2.2 (prior)",
-    components=(denoiser(identical, prior_shapes, "prior"),),
+    components=(denoiser(identical, prior_shapes, "prior", _PARAMETERS),),
     recognises=lambda shapes: "prd_embedding" in shapes and "proj_to_clip_embeddings.weight" in shapes,
 )
 

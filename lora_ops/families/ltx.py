@@ -58,6 +58,7 @@ ROWS = (
         )
     ),
 )
+PARAMETERS = {name: name for name in ("scale_shift_table", f"{_BLOCK}.scale_shift_table")}
 
 
 def shapes() -> Shapes:
@@ -82,6 +83,6 @@ def shapes() -> Shapes:
 LTX = Family(
     "ltx",
     "LTX-Video",
-    components=(denoiser(table(ROWS), shapes), T5_ALONE),
+    components=(denoiser(table(ROWS), shapes, parameters=PARAMETERS), T5_ALONE),
     recognises=lambda shapes: "adaln_single.linear.weight" in shapes and "patchify_proj.weight" in shapes,
 )

@@ -68,6 +68,7 @@ Z_IMAGE_ROWS = (
         }
     ),
 )
+_PADDING = {name: name for name in ("x_pad_token", "cap_pad_token")}
 
 
 def _lumina2_places(shapes: Shapes) -> Iterator[Place]:
@@ -128,6 +129,6 @@ LUMINA2 = Family(
 Z_IMAGE = Family(
     "z_image",
     "Z-Image",
-    components=(denoiser(table(Z_IMAGE_ROWS), z_image_shapes), QWEN3_4B),
+    components=(denoiser(table(Z_IMAGE_ROWS), z_image_shapes, parameters=_PADDING), QWEN3_4B),
     recognises=partial(_recognises, first=0),
 )

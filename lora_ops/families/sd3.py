@@ -100,13 +100,14 @@ def shapes(
     return found
 
 
+_PARAMETERS = {"pos_embed": "pos_embed.pos_embed"}
 _DUAL = "joint_blocks.0.x_block.attn2.qkv.weight"
 
 SD3 = Family(
     "sd3",
     "Stable Diffusion 3 and 3.5 large",
     components=(
-        denoiser(_places, shapes),
+        denoiser(_places, shapes, parameters=_PARAMETERS),
         CLIP_L,
         CLIP_G,
         T5_THIRD,
@@ -118,6 +119,9 @@ SD35_MEDIUM = replace(
     SD3,
     name="sd35_medium",
     title="Stable Diffusion 3.5 medium",
-    components=(denoiser(_places, partial(shapes, depth=24, dual=range(13), positions=384)), *SD3.components[1:]),
+    components=(
+        denoiser(_places, partial(shapes, depth=24, dual=range(13), positions=384), parameters=_PARAMETERS),
+        *SD3.components[1:],
+    ),
     recognises=lambda shapes: _DUAL in shapes,
 )

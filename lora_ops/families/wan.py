@@ -61,6 +61,10 @@ ROWS = (
     Naming(f"{_FACE}.out_proj", (f"{_FACE}.out_proj",)),
     Naming("pose_patch_embedding", ("pose_patch_embedding",)),
 )
+PARAMETERS = {
+    "head.modulation": "scale_shift_table",
+    **{f"{blocks}.{{}}.modulation": f"{blocks}.{{}}.scale_shift_table" for blocks in ("blocks", "vace_blocks")},
+}
 
 
 def shapes() -> Shapes:
@@ -86,6 +90,6 @@ def shapes() -> Shapes:
 WAN = Family(
     "wan",
     "Wan 2.1 or 2.2",
-    components=(denoiser(table(ROWS), shapes), UMT5),
+    components=(denoiser(table(ROWS), shapes, parameters=PARAMETERS), UMT5),
     recognises=lambda shapes: "head.modulation" in shapes and "blocks.0.self_attn.q.weight" in shapes,
 )

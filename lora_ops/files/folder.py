@@ -85,9 +85,10 @@ def _written(
 ) -> Iterator[Path]:
     sweep(final.parent)
     contents = {name: laid(*content, final / name) for name, content in tensors.items()}
-    sizes = [content.size for content in contents.values()] + [path.stat().st_size for path in copies.values()]
-    require_room(sum(sizes), final)
-    more, temporary = meter(2 * sum(sizes), progress), temporary_of(final)
+    copied = sum(path.stat().st_size for path in copies.values())
+    require_room(sum(content.size for content in contents.values()) + copied, final)
+    work = sum(content.work for content in contents.values()) + 2 * copied
+    more, temporary = meter(work, progress), temporary_of(final)
     temporary.mkdir()
     try:
         for name in (*contents, *texts, *copies):

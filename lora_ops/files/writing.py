@@ -34,13 +34,15 @@ class Lazy:
     """A tensor that is made when it is written.
 
     chunks gives consecutive blocks of its rows, in order, of its dtype, on any device; what is given is not written to
-    again: it goes to the disk while the next one is made. kept: the values are a file's own, whatever they are.
+    again: it goes to the disk while the next one is made. kept: the values are a file's own, whatever they are. before:
+    bytes that are gone through until its first block is made, which progress counts.
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     chunks: Callable[[], Iterable[Tensor]]
     kept: bool = False
+    before: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -63,8 +65,8 @@ def write(
 
     Temporary file in the same folder, fsync, reopened and compared byte for byte, renamed, folder synced.
     The same tensors and metadata give the same bytes. Without overwrite an existing file is never touched.
-    progress hears at least every 16 MB; every byte counts twice, written and read back. check gets the temporary file
-    when it has read back right; what it raises, like anything else, leaves nothing behind.
+    progress hears at least every 16 MB; every byte counts twice, written and read back, and Lazy.before once. check
+    gets the temporary file when it has read back right; what it raises, like anything else, leaves nothing behind.
     Raises FileError, with nothing left behind, if there is no room, no right, the file reads back wrong, or a tensor
     holds NaN or Inf that no file held before (see Lazy.kept).
     """
@@ -144,7 +146,7 @@ def _written(
         raise FileExistsError(errno.EEXIST, "exists already")
     temporary = temporary_of(final)
     try:
-        write_laid(temporary, content, final, meter(2 * content.size, progress))
+        write_laid(temporary, content, final, meter(content.work, progress))
         if check:
             check(temporary)
         yield temporary
@@ -188,6 +190,11 @@ class Laid(NamedTuple):
     def size(self) -> int:
         return len(self.head) + sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def work(self) -> int:
+        """Bytes that progress counts."""
+        return 2 * self.size + sum(tensor.before for tensor in self.tensors.values())
+
 
 def laid(tensors: Mapping[str, Tensor | Lazy], metadata: Mapping[str, str], path: Path) -> Laid:
     """Widest dtype first, so that every tensor is aligned, then by name: the same tensors give the same bytes."""
@@ -219,15 +226,18 @@ def _lazy(tensor: Tensor | Lazy) -> Lazy:
 
 def write_laid(temporary: Path, content: Laid, final: Path, more: Callable[[int], None]) -> None:
     """Write a file, wait until it is on the disk, and read it back. Errors are told of the final one."""
-    chunks = (chunk for name, tensor in content.tensors.items() for chunk in _bytes(name, tensor, final))
+    chunks = (chunk for name, tensor in content.tensors.items() for chunk in _bytes(name, tensor, final, more))
     write_synced(temporary, chain([content.head], chunks), final, more)
     _require_readable(temporary, content, final)
 
 
-def _bytes(name: str, tensor: Lazy, path: Path) -> Iterator[memoryview]:
+def _bytes(name: str, tensor: Lazy, path: Path, more: Callable[[int], None]) -> Iterator[memoryview]:
     """What a tensor's chunks hold, checked, in pieces of at most CHUNK bytes."""
-    left = tensor.nbytes
+    left, before = tensor.nbytes, tensor.before
     for block in tensor.chunks():
+        if before:
+            more(before)
+            before = 0
         left -= block.nbytes
         if block.dtype != tensor.dtype or block.ndim != len(tensor.shape) or block.shape[1:] != tensor.shape[1:]:
             found = f"{tuple(block.shape)} of {block.dtype}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import TrainingError, shown
-from .dataset import Dataset, Picture
+from .dataset import Dataset, Picture, controls_in
 
 # Texts -> the CONDITIONING of each.
 Encode = Callable[[Sequence[str]], Mapping[str, Any]]
@@ -64,6 +64,9 @@ def _texts(picture: Picture, trigger: str, word: str) -> tuple[str, ...]:
     try:
         if not picture.captions:
             raise TrainingError("has no caption, of which a class word could make another.", remedy="Give captions.")
+        if any(map(controls_in, picture.conditions)):
+            what = "shows the text encoder its control picture, which a caption with a class word would not."
+            raise TrainingError(what, remedy="Preserve by regularisation pictures, or nothing.")
         return tuple(classed(caption, trigger, word.strip()) for caption in picture.captions)
     except TrainingError as error:
         error.file = picture.name

@@ -68,6 +68,10 @@ class Quantised(Weight):
     """A weight that the host stores quantised, in several tensors; it is written as floats."""
 
     model: Any = field(kw_only=True)
+    # What was made of it with its patches: single numbers, which a file holds long before the weight; and, shared by
+    # all weights of the model, the last one whole.
+    numbers: dict[str, Tensor] = field(default_factory=dict)
+    last: dict[str, Tensor] = field(default_factory=dict)
 
     def chunks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         yield self.rounded(dtype)
@@ -86,9 +90,15 @@ class Quantised(Weight):
         """Those that it is stored in, without the patches."""
         return _tensors(self.base, self.key)
 
-    def requantised(self) -> Mapping[str, Tensor]:
-        """The same with the patches, by the host's own rule for its scales."""
-        return _tensors(storing.rounded(self.model, self.key, self.floats(), self.base.dtype), self.key)
+    def requantised(self, name: str) -> Tensor | None:
+        """One of the same with the patches, by the host's own rule for its scales."""
+        known = {**self.numbers, **self.last}
+        if name not in known:
+            known = _tensors(storing.rounded(self.model, self.key, self.floats(), self.base.dtype), self.key)
+            self.last.clear()
+            self.last.update(known)
+            self.numbers.update({each: tensor for each, tensor in known.items() if tensor.numel() == 1})
+        return known.get(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +116,10 @@ class Stored(Weight):
 
     def rounded(self, dtype: torch.dtype) -> Tensor:
         """Raises TargetError where the host's rule makes another kind of scale than the weight has."""
-        found = self.whole.requantised()[self.key] if self.patches else self.base
-        if found.numel() != self.base.numel() or not found.dtype == self.base.dtype == dtype:
-            what = f"would be stored as {tuple(found.shape)} of {found.dtype}: not as its file has it."
+        found = self.whole.requantised(self.key) if self.patches else self.base
+        if found is None or found.numel() != self.base.numel() or not found.dtype == self.base.dtype == dtype:
+            kind = "nothing" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            what = f"would be stored as {kind}: not as its file has it."
             raise TargetError(what, module=self.key, remedy="Choose dtype_model bf16.")
         return found.to("cpu").reshape(self.shape)
 
@@ -145,7 +156,7 @@ def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dic
             patch = LandedPatch.of(pieces, attached.rows)
             patches[key] = (*patches.get(key, ()), (1.0, patch, 1.0, None, None))
         sampled -= attached.pieces.keys()
-    base, quantised = Base.of(patcher), dict[str, Quantised]()
+    base, quantised, last = Base.of(patcher), dict[str, Quantised](), dict[str, Tensor]()
 
     def unpatched(key: str, tensor: Tensor) -> Tensor:
         held = base.held(key)
@@ -155,9 +166,8 @@ def weights(patcher: Any, prefix: str = "", *, dequantised: bool = False) -> dic
         key, weight = f"{name}.weight", getattr(module, "weight", None)
         if isinstance(weight, QuantizedTensor) and key.startswith(prefix):
             there = patches.get(key, ())
-            quantised[key] = Quantised(
-                key, unpatched(key, cast(Tensor, weight)), there, patcher.load_device, model=patcher.model
-            )
+            unchanged = unpatched(key, cast(Tensor, weight))
+            quantised[key] = Quantised(key, unchanged, there, patcher.load_device, model=patcher.model, last=last)
     found: dict[str, Weight] = {}
     for key, tensor in patcher.model_state_dict(prefix or None).items():
         there = () if key in quantised else patches.get(key, ())

@@ -5,6 +5,7 @@ The names are the host's own: its rules run on placeholders (see renaming).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -187,7 +188,7 @@ class File(NamedTuple):
     """One file to be written: the names it gives to the parts' weights, and those that the host gives to its tensors.
 
     A part's weight is called part/name here, in what save takes and in what each part's load makes. With a folder it is
-    several files: the shards of a component of diffusers, which is called so, and copies of other files.
+    several files: the shards of a component of diffusers, which is called so, copies of other files, and texts.
     """
 
     ending: str
@@ -196,6 +197,7 @@ class File(NamedTuple):
     load: Mapping[str, Rule]
     folder: str = ""
     copies: Mapping[str, Path] = MappingProxyType({})
+    texts: Mapping[str, str] = MappingProxyType({})
 
 
 def files_of(layout: str, parts: Mapping[str, Part]) -> list[File]:
@@ -239,8 +241,9 @@ def _component(model: Part) -> File:
     paths = [Path(path) for path in _paths(model.patcher)]
     beside = [path.with_name("config.json") for path in paths if path.name.startswith(STEM)]
     copies = {f"{found.folder}/config.json": path for path in beside[:1] if path.is_file()}
+    texts = {f"{found.folder}/config.json": json.dumps(found.config, indent=2)} if found.config and not copies else {}
     rules = (lambda named: found.split(_of(named, "model"))), {"model": found.joined}
-    return File("", (model,), *rules, found.folder, copies)
+    return File("", (model,), *rules, found.folder, copies, texts)
 
 
 def _text_encoders(clip: Part) -> list[File]:

@@ -153,7 +153,7 @@ class _Plan:
         if self.file.folder:
             files, texts = shards(self.tensors, shard)
             inside = {f"{self.file.folder}/{name}": (tensors, metadata) for name, tensors in files.items()}
-            texts = {f"{self.file.folder}/{name}": text for name, text in texts.items()}
+            texts = {f"{self.file.folder}/{name}": text for name, text in texts.items()} | dict(self.file.texts)
             path = put_folder(to, if_exists, inside, texts, self.file.copies, so_far, check)
         else:
             path = put(to, self.file.ending + SUFFIX, if_exists, self.tensors, metadata, so_far, check)
@@ -170,7 +170,10 @@ class _Plan:
             lost = [key for key, weight in part.weights.items() if weight.patches and key not in kept]
             found += [f"{name}: {key} is patched and has no place in this layout" for key in lost]
             found += [f"{name}: not in the file: {what}" for what in unbaked(part.patcher)]
-        if self.file.folder and not self.file.copies:
+        if self.file.folder and self.file.texts:
+            what = "config.json is made from the weights: where the model is no published one, compare it with its own"
+            found.append(f"{self.file.folder}: {what}")
+        elif self.file.folder and not self.file.copies:
             found.append(f"{self.file.folder}: no config.json: take the one of the model it was made from")
         return found
 

@@ -114,6 +114,7 @@ def paired(model: Any, dataset: Dataset) -> Dataset:
     def picture(each: Picture) -> Picture:
         if not each.controls:
             return each
+        beside = each.beside and picture(each.beside)
         way, _ = _edits(model, each.latents[0][None])
         if way is None:
             what = "has a control picture, and the model takes none."
@@ -125,8 +126,7 @@ def paired(model: Any, dataset: Dataset) -> Dataset:
             return found if len(found) > 1 else found[0]
 
         empty = each.empty if dataset.empty is None else shown(dataset.empty)
-        conditions, beside = tuple(map(shown, each.conditions)), each.beside and picture(each.beside)
-        return replace(each, conditions=conditions, empty=empty, controls=(), beside=beside)
+        return replace(each, conditions=tuple(map(shown, each.conditions)), empty=empty, controls=(), beside=beside)
 
     learned, held_out = (tuple(map(picture, of)) for of in (dataset.pictures, dataset.held_out))
     return replace(dataset, pictures=learned, held_out=held_out)

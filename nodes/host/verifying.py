@@ -68,7 +68,7 @@ def _verify(
         what = f"would be loaded without {len(missing)} of its {len(kept)} weights (first: {missing[0]})."
         raise FileError(what, file=headers[0].path, module=missing[0], remedy="Nothing was saved; please report this.")
     made: dict[frozenset[str], list[str]] = {}
-    for key in kept:
+    for key in sorted(kept):  # the tensors that one quantised weight is stored in, together
         made.setdefault(loaded[key].origins, []).append(key)
     for names, keys in made.items():
         values = {name: tensor for each in sorted(names) for name, tensor in read_tensors(within[each], [each])}

@@ -13,8 +13,7 @@ from tests.host.test_training import CASES, Session, conditioning, landed, noise
 
 __all__ = ["train"]
 
-# family -> by how much a loss falls in a few steps: klein's one block is nearly closed
-FAMILIES = {"flux": 0.9, "flux2_klein": 0.99, "qwen_image": 0.9, "ip2p": 0.97, "flux_canny": 0.9}
+FAMILIES = ("flux", "flux2_klein", "qwen_image", "ip2p", "flux_canny")
 BESIDE = ("ip2p", "flux_canny")
 TWO = ("flux2_klein", "qwen_image")  # with another one, of another size
 
@@ -22,11 +21,14 @@ TWO = ("flux2_klein", "qwen_image")  # with another one, of another size
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     """InstructPix2Pix and FLUX.1 Canny: models with a picture beside the noise."""
-    variants = {"ip2p": ("SD15_instructpix2pix", SD15 | {"in_channels": 8})}
-    variants["flux_canny"] = ("Flux", inside.PUBLISHED["flux"][1] | {"in_channels": 32, "guidance_embed": False})
-    for name, like in (("ip2p", "sd15"), ("flux_canny", "flux")):
-        monkeypatch.setitem(inside.VARIANTS, name, variants[name])
-        monkeypatch.setitem(inside.SMALLER, name, inside.SMALLER[like])
+    unet = {"num_res_blocks": [1], "channel_mult": [1], "transformer_depth": [1], "transformer_depth_output": [0, 0]}
+    canny = inside.PUBLISHED["flux"][1] | {"in_channels": 32, "guidance_embed": False}
+    for name, like, variant, smaller in (
+        ("ip2p", "sd15", ("SD15_instructpix2pix", SD15 | {"in_channels": 8}), unet | {"model_channels": 64}),
+        ("flux_canny", "flux", ("Flux", canny), inside.SMALLER["flux"] | {"depth": 1, "depth_single_blocks": 1}),
+    ):
+        monkeypatch.setitem(inside.VARIANTS, name, variant)
+        monkeypatch.setitem(inside.SMALLER, name, smaller)
         monkeypatch.setitem(CASES, name, CASES[like])
 
 
@@ -95,7 +97,8 @@ def item_of(ours, session, family, controls):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pair_is_learned_with_what_the_hosts_own_nodes_give_the_model(train, ours, family):
-    controls, session = controls_of(family), Session(train, family)
+    descent = train.optimizers.Descent(rate=0.3 if family == "flux2_klein" else 3e-2)  # its gates are nearly closed
+    controls, session = controls_of(family), Session(train, family, steps=6, descent=descent)
     session.item = item_of(ours, session, family, controls)
     heard = Heard(session.patcher.model.diffusion_model)
     heard.beside = family in BESIDE
@@ -121,7 +124,8 @@ def test_a_pair_is_learned_with_what_the_hosts_own_nodes_give_the_model(train, o
         applied = drawn(family, 5, controls)(landed(ours, session, lora))
     assert (sample - applied).norm() < 1e-3 * (applied - plain).norm()
     before, after = session.learn()
-    assert after < FAMILIES[family] * before
+    print("RATIO", family, after / before)
+    assert after < 0.9 * before
     gradients = []
     for each in (controls, controls_of(family, seed=60)):
         session.item = item_of(ours, session, family, each)
@@ -162,11 +166,16 @@ def test_a_control_picture_is_mirrored_and_stays_where_the_text_is_left_out(trai
     latent, control, told = noise(16, 16, 16), noise(16, 16, 16, seed=1), conditioning("flux")
     more = {"controls": ((control,), (control.flip(-1),))}
     picture = dataset.Picture("a.png", (latent, latent.flip(-1)), (told,), **more)
+    picture = replace(picture, beside=replace(picture, of_base=True))
     plain = dataset.Picture("b.png", (latent,), (told,), regularisation=True)
     empty = conditioning("flux", seed=9)
     with torch.inference_mode():
         (pair, other), _ = session.model.items(dataset.Dataset((picture, plain), (), empty, 0.5))
-    for wanted, condition in ((told, pair.conditions[0]), (empty, pair.empty)):
+    for wanted, condition in (
+        (told, pair.conditions[0]),
+        (empty, pair.empty),
+        (told, pair.beside.conditions[0]),
+    ):
         for shown, each in zip((control, control.flip(-1)), condition, strict=True):
             assert torch.equal(each[0][1]["reference_latents"][0], shown[None])
             assert torch.equal(each[0][0], wanted[0][0])

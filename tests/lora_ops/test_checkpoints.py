@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,16 @@ def test_fp8_with_a_scale_is_changed_at_its_true_size_and_scaled_anew(dtype, nam
     assert ((found - exact).abs() <= torch.finfo(dtype).eps / 2 * exact.abs() * 1.001 + least).all()
     assert stored[f"{key}.weight"].dtype == dtype and stored[f"{key}.{name}"].shape == shape
     assert same({name: stored[name] for name in other}, other)
+
+
+def test_progress_counts_the_pass_that_finds_a_new_scale_before_anything_of_the_weight_is_written(tmp_path):
+    quantised_file(tmp_path / "base", {"a": 0.02, "b": 0.5}, "weight_scale")
+    base, heard = checkpoints.opened(tmp_path / "base"), list[tuple[int, int]]()
+    landing = land([both(Lora("x", {"diffusion_model.a": LowRank(rand(12, 2), rand(2, 8))}))], base.targets)
+    checkpoints.merge(base, landing, tmp_path / "out", progress=lambda *told: heard.append(told))
+    size, steps = (tmp_path / "out").stat().st_size, [heard[0][0], *(b - a for (a, _), (b, _) in pairwise(heard))]
+    assert {total for _, total in heard} == {2 * size + 12 * 8} and heard[-1][0] == 2 * size + 12 * 8
+    assert steps.index(12 * 8) < 4  # before the header, four scales and two biases
 
 
 def text_tensor(text: str) -> torch.Tensor:

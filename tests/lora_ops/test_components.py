@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from lora_ops.checkpoints import STEM, WHOLE, component, shards
+from lora_ops.checkpoints import STEM, component, shards
 from lora_ops.errors import TargetError
 from lora_ops.families import FAMILIES
 
+ALONE = [family for family in FAMILIES if family.name != "anima"]
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family.name in WHOLE], ids=lambda each: each.name)
+
+@pytest.mark.parametrize("family", ALONE, ids=lambda each: each.name)
 def test_splitting_and_joining_a_model_is_nothing(family):
     shapes = dict(family.components[0].published())
     found = component(family, shapes)
@@ -28,6 +30,13 @@ def test_a_weight_that_diffusers_does_not_have_is_told():
     with pytest.raises(TargetError, match="'extra.weight': has no one name in diffusers") as refused:
         component(flux, {**flux.components[0].published(), "extra.weight": (4, 4)})
     assert refused.value.module == "extra.weight"
+
+
+def test_a_model_that_is_two_in_diffusers_is_told():
+    (anima,) = (family for family in FAMILIES if family.name == "anima")
+    with pytest.raises(TargetError, match="Anima is two models in two folders of diffusers") as refused:
+        component(anima, anima.components[0].published())
+    assert "diffusion model" in refused.value.remedy
 
 
 @pytest.mark.parametrize(("limit", "files"), [(1e9, [4]), (48, [1, 1, 2]), (16, [1, 1, 1, 1]), (1, [1, 1, 1, 1])])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def _originals(shapes: Shapes) -> Shapes:
     """Tencent's own names, by the family's table."""
     places = FAMILY["hunyuan_video"].components[0].places(shapes)
     names = {place.key: f"{place.native}.weight" for place in places if place.native}  # the original comes last
+    names |= {re.sub("weight$", "bias", key): re.sub("weight$", "bias", name) for key, name in names.items()}
     return {names.get(key, key): shape for key, shape in shapes.items()}
 
 
@@ -100,6 +102,16 @@ TEXT_ENCODERS = (  # family, the pipeline's name for it, transformers' class and
 )
 
 
+def configured(config: dict[str, Any]) -> dict[str, Any]:
+    """A class's configuration made from a config.json, as plain values."""
+    with torch.device("meta"):
+        return plain(getattr(diffusers, config["_class_name"]).from_config(json.loads(json.dumps(config))).config)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: json.loads(json.dumps(value)) for key, value in config.items() if not key.startswith("_")}
+
+
 @cache
 def tree(name: str) -> torch.nn.Module:
     cls, config = configs.DIFFUSERS[CASES[name].family]
@@ -139,11 +151,34 @@ def test_every_module_of_diffusers_has_a_place_of_its_shape(name):
     assert found == modules
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in checkpoints.WHOLE])
+@pytest.mark.parametrize("name", CASES)
 def test_a_component_has_all_tensors_of_diffusers_and_no_others(name):
-    places = checkpoints.component(FAMILY[CASES[name].family], native(CASES[name])).places
+    found = checkpoints.component(FAMILY[CASES[name].family], native(CASES[name]))
     wanted = {key: tuple(tensor.shape) for key, tensor in tree(name).state_dict().items()}
-    assert {key: target.delta_shape for key, target in places.items()} == wanted
+    assert {key: target.delta_shape for key, target in found.places.items()} == wanted
+    if found.config:
+        assert configured(found.config) == plain(tree(name).config)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.convert])
+def test_a_component_holds_what_diffusers_makes_of_the_published_checkpoint(name):
+    """Each row is a number of its own."""
+    case, checkpoint, count = CASES[name], {}, 0
+    shapes, stored = native(case), case.stored(native(case))
+    shapes, stored = (shapes, stored) if len(shapes) == len(stored) else (stored, stored)  # some are fused there
+    for key, shape in shapes.items():
+        checkpoint[key] = torch.arange(count, count + shape[0])[:, None]
+        count += shape[0]
+    found = checkpoints.component(FAMILY[case.family], shapes).split(checkpoint)
+    published = dict(zip(stored, checkpoint.values(), strict=True))
+    convert = getattr(single_file_utils, f"convert_{case.convert}")
+    if case.convert == "ldm_unet_checkpoint":
+        prefixed = {f"model.diffusion_model.{key}": rows for key, rows in published.items()}
+        converted = convert(prefixed, tree(name).config)
+    else:
+        converted = convert(published)
+    assert found.keys() == converted.keys()
+    assert not [key for key, rows in found.items() if not torch.equal(rows, converted[key])]
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.convert])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import torch
 from harness import configs
 from lora_ops import checkpoints
 from lora_ops.dialects import published_map, target_map
+from lora_ops.errors import TargetError
 from lora_ops.families import FAMILIES, Shapes, recognise, under
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is the oracle here; it is in the test environment")
@@ -86,6 +88,9 @@ LEFT_OUT = {
     "ltx2": ("audio_embeddings_connector.", "video_embeddings_connector."),
 }
 
+LEFT = ("wan animate", "anima", "ltx2", "ltx 2.3")  # diffusers has them in other shapes than the host
+WHOLE = [name for name in CASES if name not in (*LEFT, "anima's adapter")]
+
 _QWEN3 = {"head_dim": 128, "num_key_value_heads": 8}
 _QWEN3_4B = _QWEN3 | {"hidden_size": 2560, "intermediate_size": 9728, "num_attention_heads": 32}
 _QWEN3_06B = _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16}
@@ -131,6 +136,16 @@ def adapted(model: torch.nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
     }
 
 
+def configured(config: dict[str, Any]) -> dict[str, Any]:
+    """A class's configuration made from a config.json, as plain values."""
+    with torch.device("meta"):
+        return plain(getattr(diffusers, config["_class_name"]).from_config(json.loads(json.dumps(config))).config)
+
+
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: json.loads(json.dumps(value)) for key, value in config.items() if not key.startswith("_")}
+
+
 @cache
 def tree(name: str) -> torch.nn.Module:
     with torch.device("meta"):
@@ -141,12 +156,33 @@ def matrices(name: str) -> dict[str, tuple[int, ...]]:
     return adapted(tree(name), CASES[name].prefix)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.family in checkpoints.WHOLE])
+@pytest.mark.parametrize("name", WHOLE)
 def test_a_component_has_all_tensors_of_diffusers_and_no_others(name):
-    shapes = under(native(name), "diffusion_model.")
-    places = checkpoints.component(FAMILY[CASES[name].family], shapes).places
+    found = checkpoints.component(FAMILY[CASES[name].family], under(native(name), "diffusion_model."))
     wanted = {key: tuple(tensor.shape) for key, tensor in tree(name).state_dict().items()}
-    assert {key: target.delta_shape for key, target in places.items()} == wanted
+    assert {key: target.delta_shape for key, target in found.places.items()} == wanted
+    if found.config:
+        assert configured(found.config) == plain(tree(name).config)
+
+
+@pytest.mark.parametrize("name", [name for name in WHOLE if CASES[name].convert])
+def test_a_component_holds_what_diffusers_makes_of_the_published_checkpoint(name):
+    """Each row is a number of its own."""
+    shapes, checkpoint, count = under(native(name), "diffusion_model."), {}, 0
+    for key, shape in shapes.items():
+        checkpoint[key] = torch.arange(count, count + shape[0])[:, None]
+        count += shape[0]
+    found = checkpoints.component(FAMILY[CASES[name].family], shapes).split(checkpoint)
+    converted = getattr(single_file_utils, f"convert_{CASES[name].convert}")(dict(checkpoint))
+    assert found.keys() == converted.keys()
+    assert not [key for key, rows in found.items() if not torch.equal(rows, converted[key])]
+
+
+def test_a_model_of_which_diffusers_has_more_than_the_table_knows_is_told():
+    for name in LEFT:
+        with pytest.raises(TargetError, match="no one name in diffusers|two folders of diffusers") as refused:
+            checkpoints.component(FAMILY[CASES[name].family], under(native(name), "diffusion_model."))
+        assert "diffusion model" in refused.value.remedy
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -50,6 +50,13 @@ def test_beside_each_picture_but_those_for_regularisation_stands_one_of_its_clas
     assert beside.conditions[1] == [["dog, toy", {"guidance": 1, "pooled_output": "dog, toy"}]]
 
 
+def test_a_class_word_is_refused_where_the_text_encoder_sees_the_control_picture():
+    seen = picture("a.png", "sks dog")
+    seen.conditions[0][0][1]["reference_latents"] = [torch.zeros(1, 4, 8, 8)]
+    with pytest.raises(TrainingError, match=r"a\.png.*control picture"):
+        preserved(Dataset((seen,)), choice("toy", "sks"), encode)
+
+
 def test_regularisation_pictures_become_what_the_model_makes_of_them():
     data = Dataset((picture("a.png", "x"), picture("b.png", "y", regularisation=True)))
     found = preserved(data, {"key": "regularisation pictures"}, encode)

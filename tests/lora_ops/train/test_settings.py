@@ -149,16 +149,6 @@ def test_recipes_differ_by_what_is_learned_and_not_by_what_nodes_are_called():
     assert differences(one, made(("1", "2"), preservation="class word")) == ["preservation"]
 
 
-def test_whether_a_data_set_is_kept_on_disk_makes_no_difference_to_a_run():
-    def recipe(**inputs):
-        data = {"class_type": "LoraOpsDataset", "inputs": {"folder": "ink", "mirror": False, **inputs}}
-        train = {"class_type": "LoraOpsTrain", "inputs": {"dataset": ["1", 0]}}
-        return {"prompt": {"1": data, "2": train}, "node": "2", "pictures": "x"}
-
-    assert differences(recipe(cache=True), recipe(cache=False)) == differences(recipe(), recipe(cache=True)) == []
-    assert differences(recipe(cache=True), recipe(cache=True, mirror=True)) == ["dataset"]
-
-
 def test_a_recipe_tells_other_control_pictures_wherever_they_are():
     nodes = {"1": {"class_type": "LoraOpsTrain", "inputs": {}}}
 
@@ -173,3 +163,13 @@ def test_a_recipe_tells_other_control_pictures_wherever_they_are():
         ({BESIDE: one}, {BESIDE: other}),
     ):
         assert len({told(), told(**before), told(**after)}) == 3
+
+
+def test_whether_a_data_set_is_kept_on_disk_makes_no_difference_to_a_run():
+    def made(**inputs):
+        data = {"class_type": "LoraOpsDataset", "inputs": {"folder": "ink", "mirror": False, **inputs}}
+        train = {"class_type": "LoraOpsTrain", "inputs": {"dataset": ["1", 0]}}
+        return {"prompt": {"1": data, "2": train}, "node": "2", "pictures": "x"}
+
+    assert differences(made(cache=True), made(cache=False)) == differences(made(), made(cache=True)) == []
+    assert differences(made(cache=True), made(cache=True, mirror=True)) == ["dataset"]
