@@ -180,7 +180,7 @@ def _changes(makers: dict[str, Callable[[float], Any]], ours: _Ours, model: Any)
     """Seconds from a changed first strength to a model that is ready: node, unpatching and patching (or injecting)."""
     import comfy.model_management
 
-    makers = {"host": makers["host"], "ours": makers["ours"], "live": lambda first: ours.put(model, first, "live")}
+    makers = {**makers, "live": lambda first: ours.put(model, first, "live")}
     found = {}
     for name, make in makers.items():
         patcher = make(STRENGTH)
@@ -281,9 +281,9 @@ def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [f"# Applying LoRAs: {about['family']}, {about['device']}", "", f"`{json.dumps(about)}`", ""]
     lines += [
         "| weights | rank | LoRAs | patch s: host | ours | bound | host / ours | ours / bound | change s: host | ours "
-        "| live | error: host | ours | step s | patch +% | live +% | bypass +% | extra MB: host | ours | node ms: host "
-        "| ours |",
-        "|" + "---|" * 21,
+        "| bound | live | error: host | ours | step s | patch +% | live +% | bypass +% | extra MB: host | ours "
+        "| node ms: host | ours |",
+        "|" + "---|" * 22,
     ]
     for row in rows:
         cells = [
@@ -291,7 +291,7 @@ def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
             *(f"{row[f'{name}_patch_s']:.3f}" for name in ("host", "ours", "bound")),
             f"{row['host_patch_s'] / row['ours_patch_s']:.2f}",
             f"{row['ours_patch_s'] / row['bound_patch_s']:.2f}",
-            *(f"{row[f'{name}_change_s']:.4f}" for name in ("host", "ours", "live")),
+            *(f"{row[f'{name}_change_s']:.4f}" for name in ("host", "ours", "bound", "live")),
             *(f"{row[f'{name}_error']:.2e}" for name in ("host", "ours")),
             f"{row['step_s']:.3f}" if "step_s" in row else "",
             *(_percent(row.get(f"{name}_overhead_percent")) for name in ("ours", "live", "bypass")),

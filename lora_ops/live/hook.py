@@ -170,7 +170,7 @@ class Hook:
 
     def _bare(self, x: Tensor) -> Tensor:
         """The module's own output without its bias, as a linear map: no hook runs."""
-        y = type(self.module).forward(self.module, x)
+        y = self._links[-1].bare(x)
         return y if self._offset is None else y - self._offset
 
     def _rows(self, y: Tensor, band: Band | None, axis: int | None = None) -> Tensor:

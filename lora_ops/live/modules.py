@@ -67,12 +67,18 @@ class Link:
         self.hook = hook
         self.below: Callable[..., Tensor] = hook.module.forward
         self.alone = getattr(self.below, "__func__", None) is type(hook.module).forward  # with no other hook below
+        inner = getattr(self.below, "__self__", None)
+        self._inner = inner if isinstance(inner, Link) else None
         self.active = True
         hook.module.forward = self.forward
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         y = self.below(x, *args, **kwargs)
         return self.hook.added(x, y, alone=self.alone) if self.active else y
+
+    def bare(self, x: Tensor) -> Tensor:
+        """The module's own output, to which no hook has added anything."""
+        return type(self.hook.module).forward(self.hook.module, x) if self._inner is None else self._inner.bare(x)
 
     def end(self) -> bool:
         """True once this link is out of the chain; False while another's hook may still call it."""

@@ -60,7 +60,8 @@ class Descent:
             raise TrainingError(f"'{shown(self.optimizer)}' is no optimizer here.", remedy=f"Choose one of {known}.")
         if self.optimizer == "prodigy" and (self.up_factor != 1 or self.text_rate not in (None, self.rate)):
             what = "Prodigy finds one rate for all that trains."
-            raise TrainingError(what, remedy="Set up_factor to 1 and leave text_rate out.")
+            remedy = "Set lora_plus to 1, and the text encoder's learning_rate to the model's."
+            raise TrainingError(what, remedy=remedy)
 
     def optimizer_of(self, parameters: Mapping[str, nn.Parameter], text: Container[str] = ()) -> Optimizer:
         """text are the names of those that are the text encoder's.
@@ -85,7 +86,7 @@ class Descent:
         """Those that share a rate; the first has the rate itself."""
         faster = tuple(f".{up}" for up in UP) if self.up_factor != 1 else ()
         if faster and not any(name.endswith(faster) for name in parameters):
-            raise TrainingError("LoRA+ is for LoRA and DoRA.", remedy="Set up_factor to 1.")
+            raise TrainingError("LoRA+ is for LoRA and DoRA.", remedy="Set lora_plus to 1.")
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             kind = self.text_rate is not None and name in text, name.endswith(faster)

@@ -224,15 +224,18 @@ class Hook:
     def remove(self) -> None:
         self._turns = [turn for turn in reversed(self._turns) if not turn.end()][::-1]
 
+    def alone(self, forward: Forward, x: Tensor) -> Tensor:
+        return frozen(self.module, forward, x, self._weight_of, keeps_cast=self._wrapper.keeps_cast)
+
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
         """The map itself runs last, unless something looks at what it gives: where a block is computed again, that
         stops before its last map."""
-        there, keeps = self._trained if self._wrapper.active else [], self._wrapper.keeps_cast
+        there = self._trained if self._wrapper.active else []
         first = not there or any(isinstance(each.adapter, DoRA) for each in there)
-        y = frozen(self.module, forward, x, self._weight_of, keeps_cast=keeps) if first else None
+        y = self.alone(forward, x) if first else None
         updates = [self._update(each, x, y) for each in there]
         if y is None:
-            y = frozen(self.module, forward, x, self._weight_of, keeps_cast=keeps)
+            y = self.alone(forward, x)
         if not there:
             return y
         if there[0].place.target.band is None:
@@ -274,6 +277,11 @@ class Turn(Link):
             return self.below(x, *args, **kwargs)
         hook: Any = self.hook
         return hook.ran(self.below, x)
+
+    def bare(self, x: Tensor) -> Tensor:
+        """For what looks at the module's own output while something trains on it: with its gradient."""
+        hook: Any = self.hook
+        return hook.alone(super().bare, x)
 
 
 class _Place(NamedTuple):

@@ -29,7 +29,7 @@ from ...lora_ops.train.keeping import Folder
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate, out_of_memory
 from ...lora_ops.train.recipes import differences
-from . import caches, names, patching, runs
+from . import caches, live, names, patching, runs
 from .course import Course
 from .previews import pictures_of, tensor_of
 from .progress import Steps, show
@@ -199,7 +199,9 @@ class Sitting:
         lora, model, clip = from_file(file), self.course.wires.model, self.course.clip
         landing = land([Entry(lora, {"model": 1.0, "clip": 1.0})], patching.targets(model, clip))
         require_coverage(landing, 1.0)
-        model = patching.applied(landing, "auto", model, clip).model
+        # After a live DoRA, which must not see it, it runs live, too: as it was trained.
+        looked_at = live.turned(model) or (clip is not None and live.turned(clip.patcher))
+        model = patching.applied(landing, "live" if looked_at else "auto", model, clip).model
         if clip is not None:
             self.notes.append("what CLIP learned is in the LoRA: Apply LoRA puts it on")
         self.run.saved(self.step, self.folder.result, best=False)

@@ -23,6 +23,7 @@ from ...lora_ops.train import state
 from ...lora_ops.train.blocks import OutOfPlace, checkpointed
 from ...lora_ops.train.compiling import compiled, failure
 from ...lora_ops.train.data import Item, widest
+from ...lora_ops.train.dataset import REFERENCES
 from ...lora_ops.train.encoders import require_known
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
@@ -35,7 +36,7 @@ from ...lora_ops.train.wrapper import Wrapper
 from .items import Items
 from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Text, weight_of
+from .wrapping import Part, Prompt, Text, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
@@ -47,8 +48,7 @@ class Model(Part):
     that trains along.
 
     Its sampling hands out the model's answer as it is, instead of the picture that the answer means. Raises
-    TrainingError for what runs live and looks at its weight: the gradient of that is not known here; and for a text
-    encoder that does not train.
+    TrainingError for a text encoder that does not train.
     """
 
     def __init__(self, model: Any, clip: Any = None) -> None:
@@ -119,7 +119,7 @@ class Model(Part):
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
-        self._memory = self.patcher.memory_required([len(batch), *batch[0].shape])
+        self._memory = _required(self.patcher.model, batch)
         self._training, device = comfy.model_management.in_training, self.patcher.load_device.type
         self._offload = offload
         with torch.inference_mode(False), torch.enable_grad():
@@ -420,6 +420,17 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
+
+
+def _required(model: Any, batch: Sequence[Item]) -> float:
+    """Bytes that the host wants free for a batch when it samples, its control pictures among it."""
+    shapes: dict[str, list[Any]] = {}
+    for condition in (item.guise().condition for item in batch):
+        options = condition.options if isinstance(condition, Prompt) else condition[0][1]
+        if options.get(REFERENCES) is not None:
+            for name, shape in model.extra_conds_shapes(**options).items():
+                shapes.setdefault(name, []).append(shape)
+    return model.memory_required([len(batch), *batch[0].shape], cond_shapes=shapes)
 
 
 def _to(value: Any, device: torch.device) -> Any:

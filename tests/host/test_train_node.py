@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 
 import pytest
 import torch
 
 from harness import inside
 
+PICTURE = torch.zeros(1, 8, 8, 3)
 EVERY = {"sample_steps": 2, "sample_every": 2, "save_every": 2, "validate_every": 2}
 
 
@@ -261,6 +263,21 @@ def test_the_hosts_own_loader_makes_the_same_model_of_the_file(parts, output, ad
     assert not torch.allclose(ours, inside.run(model), rtol=1e-3, atol=1e-3)
     theirs = inside.run(comfy.sd.load_lora_for_models(model, None, tensors(found.data["path"]), 1.0, 0.0)[0])
     assert (ours - theirs).norm() < 1e-4 * ours.norm()
+
+
+def test_what_was_learned_on_a_live_dora_is_put_on_after_it(parts, output, samples, apply):
+    """The MODEL that comes out is the one that learned, which the last sample shows."""
+    model = inside.model("flux")
+    tensors = samples(model, 0, seed=1)
+    ups = {key.removesuffix(".lora_up.weight"): up for key, up in tensors.items() if key.endswith(".lora_up.weight")}
+    dora = tensors | {f"{module}.dora_scale": 1 + noise(len(up), 1, seed=5) ** 2 for module, up in ups.items()}
+    under, drawn = apply(model, (dora, 0.7), mode="live"), []
+    sitting = seated(parts, output, under, steps=2)
+    sitting.course.previews = types.SimpleNamespace(draw=lambda model, clip: drawn.append(inside.run(model)) or PICTURE)
+    with torch.inference_mode():
+        found = inside.run(sitting.outcome("flow").model)
+        moved = found - inside.run(under)
+        assert (found - drawn[-1]).norm() < 1e-4 * moved.norm() and moved.norm() > 1e-3 * found.norm()
 
 
 def test_a_rehearsal_tells_memory_and_time_and_leaves_nothing(parts, output):

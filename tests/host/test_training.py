@@ -281,17 +281,40 @@ def test_a_model_with_patches_and_live_loras_trains_as_it_samples(train, models,
     assert torch.equal(inside.run(both), sampled)
 
 
-def test_what_looks_at_its_weight_live_is_refused_by_name(train, models, samples, apply):
-    model = models["flux"]
-    tensors = samples(model, 0, seed=1)
-    down = next(key for key in tensors if key.endswith("lora_down.weight"))
-    module = down.removesuffix(".lora_down.weight")
-    dora = {key: tensor for key, tensor in tensors.items() if key.startswith(f"{module}.")}
-    dora[f"{module}.dora_scale"] = torch.ones(len(dora[f"{module}.lora_up.weight"]), 1)
-    with pytest.raises(train.errors.TrainingError, match="DoRA") as caught:
-        train.host.Model(apply(model, (dora, 1.0), mode="live"))
-    assert caught.value.module.endswith(".weight")
-    train.host.Model(apply(model, (dora, 1.0), mode="patch"))
+def dora_of(tensors):
+    """The LoRA with magnitudes."""
+    downs = [key for key in tensors if key.endswith("lora_down.weight")]
+    modules = [key.removesuffix(".lora_down.weight") for key in downs]
+    ups = {module: tensors[f"{module}.lora_up.weight"] for module in modules}
+    return tensors | {f"{module}.dora_scale": 1 + noise(len(up), 1, seed=5) ** 2 for module, up in ups.items()}
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_under_a_live_dora_a_model_trains_as_it_samples(train, models, samples, apply, family):
+    """It is put on after the DoRA: what that looks at has nothing of it. In weights it is the same."""
+    model = models[family]
+    dora = dora_of(samples(model, 0, seed=1))
+    found = []
+    for mode in ("live", "patch"):
+        under = apply(model, (dora, 0.7), mode=mode)
+        sampled = inside.run(under)
+        session = Session(train, family, under)
+        with torch.inference_mode(), session.running():
+            noisy = noise(1, *CASES[family][2], seed=7)
+            answer = session.model.predict(noisy, torch.tensor([0.5]), session.item.conditions)
+        found.append((sampled, answer, session.gradients()[1]))
+        assert torch.equal(inside.run(under), sampled)
+    (_, live, ours), (_, patched, theirs) = found
+    torch.testing.assert_close(live, patched, rtol=1e-3, atol=1e-4)
+    assert ours.keys() == theirs.keys() and any(grad.any() for grad in theirs.values())
+    for name, grad in theirs.items():
+        assert (ours[name] - grad).norm() <= 1e-3 * grad.norm()
+
+
+def test_what_trains_looks_at_no_weight_beside_which_a_lora_runs_live(train, models, samples, apply):
+    under = apply(models["flux"], (samples(models["flux"], 0, seed=1), 1.0), mode="live")
+    with pytest.raises(train.errors.TrainingError, match="has a LoRA on it live, which DoRA"):
+        Session(train, "flux", under, algebra="dora").gradients()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
