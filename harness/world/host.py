@@ -29,9 +29,20 @@ def models(comfy: Path) -> Path:
     """A models folder with the small world's FLUX and VAE and the random CLIP-L that it was trained with."""
     folder = small.cached(comfy, "flux").with_name("models-world")
     for file, source in ((MODEL, MODELS / MODEL), (VAE, vae()), (CLIP, small.cached(comfy, "flux") / CLIP)):
-        (folder / file).unlink(missing_ok=True)
-        link(source, folder / file)
+        _put(source, folder / file)
     return folder
+
+
+def _put(source: Path, target: Path) -> None:
+    """Others may look at the target, or put it there, at the same time."""
+    if target.exists() and target.samefile(source):
+        return
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    try:
+        link(source, part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def vae() -> Path:
