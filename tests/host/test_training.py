@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
 
 import pytest
@@ -309,6 +310,37 @@ def test_under_a_live_dora_a_model_trains_as_it_samples(train, models, samples, 
     assert ours.keys() == theirs.keys() and any(grad.any() for grad in theirs.values())
     for name, grad in theirs.items():
         assert (ours[name] - grad).norm() <= 1e-3 * grad.norm()
+
+
+def test_a_model_kept_from_a_sample_refuses_to_run_and_takes_nothing_with_it(train):
+    """It would go on changing with the run; the host ejects one that dies, whatever runs on its modules then."""
+    kept, losses, patcher = [], {}, inside.model("flux")
+
+    def learned(look):
+        session = Session(train, "flux", patcher, steps=4)
+        with torch.inference_mode():
+            session.model.learn(session.plan, [session.item], name="x", stepped=look)
+
+    def draw(model):
+        kept.extend([model, model.clone()])
+        return inside.run(kept[1])
+
+    def look(done, session):
+        losses[done.step] = done.loss
+        if done.step == 1:
+            session.sample(draw)
+        if done.step == 2:
+            kept.pop()
+            gc.collect()
+
+    learned(look)
+    plain = {}
+    learned(lambda done, _: plain.setdefault(done.step, done.loss))
+    assert losses == plain
+    for each in (kept[0], kept[0].clone()):
+        with pytest.raises(train.errors.TrainingError, match="was lent for a sample"):
+            inside.run(each)
+    assert inside.run(patcher).isfinite().all()
 
 
 def test_what_trains_looks_at_no_weight_beside_which_a_lora_runs_live(train, models, samples, apply):
