@@ -281,8 +281,8 @@ def _markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [f"# Applying LoRAs: {about['family']}, {about['device']}", "", f"`{json.dumps(about)}`", ""]
     lines += [
         "| weights | rank | LoRAs | patch s: host | ours | bound | host / ours | ours / bound | change s: host | ours "
-        "| bound | live | error: host | ours | step s | patch +% | live +% | bypass +% | extra MB: host | ours | node ms: host "
-        "| ours |",
+        "| bound | live | error: host | ours | step s | patch +% | live +% | bypass +% | extra MB: host | ours "
+        "| node ms: host | ours |",
         "|" + "---|" * 22,
     ]
     for row in rows:

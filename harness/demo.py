@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -63,8 +65,11 @@ def write_samples(models: Path, loras: Path) -> None:
 
 
 def write_world(host: Path, models: Path) -> None:
-    """The small world's models, for what trains."""
-    world.link_models(host, models)
+    """The small world's models, for what trains; made beside the host, whose classes give its VAE's shapes."""
+    command = [sys.executable, "-m", "harness.world", "models", str(models)]
+    subprocess.run(
+        command, cwd=PACK, check=True, env={**os.environ, "COMFYUI_PATH": str(host)}, stdout=subprocess.DEVNULL
+    )
 
 
 def tried(prompt: Prompt, base: Path, side: int = 256, steps: int = STEPS) -> Prompt:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 
 from ..lora_ops import checkpoints
-from ..lora_ops.errors import LoraOpsError, TargetError, shown
+from ..lora_ops.errors import TargetError, shown
 from ..lora_ops.families import FAMILIES, Family, recognise
 from ..lora_ops.landing import guess, land, require_coverage
 from ..lora_ops.layouts import LAYOUTS, write, write_numbered
@@ -272,12 +272,15 @@ class LoraOpsMergeFiles(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, base=None, stack=None):
-        try:
-            rows = [row for row in parse(stack or "") if row.on]
-            return all(names.find(row.name, row.sha256) for row in rows) and (base is None or bool(names.base(base)))
-        except LoraOpsError as error:
-            return str(error)
+    async def validate_inputs(cls, base=None, stack=None):
+        def find() -> None:
+            for row in parse(stack or ""):
+                if row.on:
+                    names.find(row.name, row.sha256)
+            if base is not None:
+                names.base(base)
+
+        return await names.checked(find)
 
     @classmethod
     def fingerprint_inputs(cls, base=None, stack="", **inputs):

@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import replace
 
-from ..lora_ops.errors import LoraOpsError
 from ..lora_ops.landing import land, require_coverage
 from ..lora_ops.receipt import receipt
 from ..lora_ops.stack import finite, parse
@@ -50,11 +49,8 @@ class LoraOpsStack(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, stack=None):
-        try:
-            return all(names.find(row.name, row.sha256) for row in parse(stack or "") if row.on)
-        except LoraOpsError as error:
-            return str(error)
+    async def validate_inputs(cls, stack=None):
+        return await names.checked(lambda: [names.find(row.name, row.sha256) for row in parse(stack or "") if row.on])
 
     @classmethod
     def fingerprint_inputs(cls, stack="", **inputs):

@@ -337,6 +337,20 @@ def _advanced() -> list[io.Input]:
             "times as long; connect clip. regularisation pictures: to those of the data set, instead of the pictures.",
             **OPTIONAL,
         ),
+        io.Boolean.Input(
+            "offload",
+            default=DEFAULTS.offload,
+            tooltip="Keeps the model's weights in main memory and brings each block to the GPU while the one before it "
+            "runs: for models larger than the GPU's memory. Slower. ComfyUI's dynamic VRAM does so by itself.",
+            **OPTIONAL,
+        ),
+        io.Boolean.Input(
+            "compile",
+            default=DEFAULTS.compile,
+            tooltip="Runs the model's blocks through torch.compile: the first step takes minutes, those after it less "
+            "time. Needs a C++ compiler, on a GPU Triton. Not with dropout.",
+            **OPTIONAL,
+        ),
     ]
 
 

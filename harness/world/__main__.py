@@ -16,7 +16,7 @@ import torch
 from harness import comfy, inside
 from harness.comfy import PACK
 from harness.environment import cache
-from harness.server import MOUNT
+from harness.server import MOUNT, link
 
 from . import host, pictures, reading
 
@@ -50,12 +50,13 @@ def main() -> None:
     path = comfy.find()
     if path is None:
         raise SystemExit("ComfyUI not found: set COMFYUI_PATH")
-    if asked.command == "models":
-        host.link_models(path, asked.folder)
-        return
     inside.mount(path)
     if asked.command == "train":
         _train(path, asked.steps, asked.more, asked.out)
+    elif asked.command == "models":
+        there = host.models(path)
+        for file in there.rglob("*.safetensors"):
+            link(file, asked.folder / file.relative_to(there))
     elif asked.command == "claims":
         _measure(path, asked.only, asked.steps, asked.out)
     else:

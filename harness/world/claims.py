@@ -286,7 +286,8 @@ def identity(study: Study) -> Claim:
     before, few, every = found.values()
     return Claim(
         "Queries and keys alone transfer an identity, while pose and composition stay with the base: so it is said of "
-        "what a model can paint already, which a zorp is not. Here the word zorp comes to mean a red circle.",
+        "what a model can paint already, which a zorp is not. Here the word zorp comes to mean a red circle, on "
+        "grounds of other colours.",
         f"With queries and keys alone {few['red circles']:.0%} of the pictures show a red circle (none trained: "
         f"{before['red circles']:.0%}, all weights: {every['red circles']:.0%}), {few['their place']:.0%} at the place "
         f"and {few['their ground']:.0%} on the ground that the caption says. Other captions are drawn right in "
@@ -465,8 +466,10 @@ def measure(comfy: Path, names: Sequence[str], steps: int, out: Path) -> None:
     study = Study(comfy, steps)
     out.mkdir(parents=True, exist_ok=True)
     store = out / "claims.json"
-    found = json.loads(store.read_text("utf-8")) if store.exists() else {"claims": {}}
-    found["about"] = {**machine(comfy), "steps": steps}
+    about = {**machine(comfy), "steps": steps}
+    found = json.loads(store.read_text("utf-8")) if store.exists() else {"about": about, "claims": {}}
+    if set(names) == set(CLAIMS):
+        found["about"] = about
     for name in names:
         print(name, flush=True)
         claim = CLAIMS[name](study)
@@ -476,6 +479,7 @@ def measure(comfy: Path, names: Sequence[str], steps: int, out: Path) -> None:
             "holds": claim.holds,
             "rows": list(claim.rows),
             "sheet": list(claim.about),
+            **({} if about == found["about"] else {"about": about}),
         }
         if claim.sheet:
             pictures.save(_sheet(claim.sheet), out / f"{name}.png")
@@ -515,19 +519,23 @@ def _sheet(rows: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def page(found: Mapping[str, Any]) -> str:
-    about = ", ".join(f"{key} {value}" for key, value in found["about"].items())
-    text = [INTRODUCTION, f"Measured with {about}.\n"]
+    text = [INTRODUCTION, _measured(found)]
     for name in (name for name in CLAIMS if name in found["claims"]):
         claim = found["claims"][name]
         columns = list(claim["rows"][0])
         text += [f"## {name.capitalize()}\n\n{claim['says']}\n"]
         text += [f"**{'Holds' if claim['holds'] else 'Does not hold here'}.** {claim['found']}\n"]
+        text += [_measured(claim)] if "about" in claim else []
         text += [f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"]
         text += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in claim["rows"]]
         if claim["sheet"]:
             text += [f"\n![{name}]({name}.png)\n\nFrom above: {'; '.join(claim['sheet'])}."]
         text += [""]
     return "\n".join(text)
+
+
+def _measured(told: Mapping[str, Any]) -> str:
+    return f"Measured with {', '.join(f'{key} {value}' for key, value in told['about'].items())}.\n"
 
 
 INTRODUCTION = """# LoRA claims, measured on the small world

@@ -34,13 +34,6 @@ def models(comfy: Path) -> Path:
     return folder
 
 
-def link_models(comfy: Path, folder: Path) -> None:
-    """Put them into a folder like ComfyUI's models."""
-    there = models(comfy)
-    for file in there.rglob("*.safetensors"):
-        link(file, folder / file.relative_to(there))
-
-
 def vae() -> Path:
     """The VAE's file, written anew: its weights are in the source."""
     from safetensors.torch import save_file

@@ -129,7 +129,7 @@ def _checkpoint(
         if found := quantised.packed(header):
             module, how = found
             what = f"holds weights packed as {how}, which nothing can be merged into."
-            remedy = "Use the checkpoint in bf16, fp16 or fp8, or mode live."
+            remedy = quantised.BY_COMFYUI if how == quantised.NVFP4 else quantised.REMEDY
             raise TargetError(what, file=header.path, module=module, remedy=remedy)
     pipeline = "model_index.json" in copied
     found = None if pipeline else _with_native_names(weights)

@@ -23,15 +23,20 @@ FORMATS = "_quantization_metadata"  # in metadata, where comfy_quant is not besi
 _SCALES = ("weight_scale", "scale_weight")
 _INPUTS = ("input_scale", "scale_input")  # of what a layer is given, not of its weight
 _FORMAT = "comfy_quant"
+NVFP4 = "nvfp4"
 _OTHERS = ("weight_scale_2", "weight_scale_inv", "weight.absmax", "weight_s_rel", "SCB", "pre_quant_scale")
 _BESIDE = (*_SCALES, *_INPUTS, _FORMAT, *_OTHERS)
 # What the weights of a layer are packed as, by a tensor that only such a layer has: nothing tells their shapes.
 _PACKED = {
-    "weight_scale_2": "nvfp4",
+    "weight_scale_2": NVFP4,
     "weight.absmax": "nf4 or fp4 of bitsandbytes",
     "weight_s_rel": "w4a8",
     "qweight": "int4 (GPTQ, AWQ or SVDQuant)",
 }
+
+REMEDY = "Use the checkpoint in bf16, fp16 or fp8, or mode live."
+# of what ComfyUI stores itself, by its own rule for scales
+BY_COMFYUI = "Load it in ComfyUI and save it with Save Checkpoint, or use the checkpoint in bf16, fp16 or fp8."
 
 Where = Mapping[str, Header]  # a tensor -> its file, of all that belong together: a scale may be in another shard
 
@@ -85,7 +90,7 @@ def scale_of(where: Where, name: str) -> Scale | None:
             return Scale(module + scales[0], others, largest)
     named = _format(where, module + _FORMAT)
     how = " with ".join([*([named] if named else []), str(entry.dtype).removeprefix("torch."), *there])
-    remedy = "Use the checkpoint in bf16, fp16 or fp8, or mode live."
+    remedy = BY_COMFYUI if named else REMEDY
     raise AdapterError(f"is stored as {how}, which nothing can be merged into.", module=name, remedy=remedy)
 
 

@@ -155,8 +155,8 @@ class Estimate(NamedTuple):
 def estimate(
     kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool, largest: int = 0
 ) -> Estimate:
-    """kept is a Probe's. largest are the bytes of the model's largest weight: there is one more of it while it is cast
-    or laid out for its product."""
+    """kept is a Probe's. largest are the bytes of the copies that there are of the model's largest weight while it is
+    used. What an allocator or a compiler keeps for itself is not in it."""
     count = sum(parameter.numel() for parameter in parameters.values())
     return Estimate(kept + largest, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
 

@@ -78,6 +78,8 @@ class Settings:
     validate_every: int = 50
     dry_run: bool = False
     preservation: Mapping[str, Any] = _choice("off")
+    offload: bool = False
+    compile: bool = False
 
     @property
     def trains_text(self) -> bool:
@@ -92,6 +94,9 @@ class Settings:
                 what = f"alpha is {self.alpha:g}; OFT has none."
                 raise TrainingError(what, remedy=f"Set alpha to the rank, {self.rank}.")
             alpha = None
+        if self.compile and self.dropout:
+            what = "compile is on, and dropout draws its masks anew in each step, which cannot be compiled."
+            raise TrainingError(what, remedy="Turn compile off or set dropout to 0.")
         return Plan(
             steps=self.steps,
             aims=aims(self.targets, self.rank, alpha, targets),

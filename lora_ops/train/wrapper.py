@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -229,30 +228,32 @@ class Hook:
         return frozen(self.module, forward, x, self._weight_of, keeps_cast=self._wrapper.keeps_cast)
 
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
-        own = cache(lambda: self.alone(forward, x))
-        if not (self._trained and self._wrapper.active):
-            return own()
-        # The map itself comes last: where a block is computed again, that stops before its last map.
-        updates = [self._update(each, x, own) for each in self._trained]
-        y, axis = own(), self._kind.axis
-        if self._trained[0].place.target.band is None:
+        """The map itself runs last, unless something looks at what it gives: where a block is computed again, that
+        stops before its last map."""
+        there = self._trained if self._wrapper.active else []
+        first = not there or any(isinstance(each.adapter, DoRA) for each in there)
+        y = self.alone(forward, x) if first else None
+        updates = [self._update(each, x, y) for each in there]
+        if y is None:
+            y = self.alone(forward, x)
+        if not there:
+            return y
+        if there[0].place.target.band is None:
             return y + updates[0].to(y.dtype)
         sizes: list[int] = []  # of the rows that train and of those between, in turns
-        for each in self._trained:
+        for each in there:
             rows = each.place.target.rows
             sizes += [rows.start - sum(sizes), rows.length]
+        axis = self._kind.axis
         parts = list(y.split([*sizes, y.shape[axis] - sum(sizes)], axis))
         for number, update in enumerate(updates):
             parts[2 * number + 1] = parts[2 * number + 1] + update.to(y.dtype)
         return torch.cat(parts, axis)
 
-    def _update(self, each: Trained, x: Tensor, own: Callable[[], Tensor]) -> Tensor:
-        """What is added to the output of its rows. own gives the map's output."""
+    def _update(self, each: Trained, x: Tensor, y: Tensor | None) -> Tensor:
+        """What is added to the output of its rows. y is the map's output, where it is there."""
         rows = each.place.target.rows
-
-        def y() -> Tensor:
-            return own().narrow(self._kind.axis, rows.start, rows.length)
-
+        y = None if y is None else y.narrow(self._kind.axis, rows.start, rows.length)
         place = _Place(self._kind, each, lambda like: self._rows(each, like), self._wrapper)
         if each.taken_off is None:
             return place.update(each.adapter, x, y)
@@ -291,12 +292,13 @@ class _Place(NamedTuple):
     rows: Callable[[Tensor], tuple[Tensor, Tensor | None]]
     wrapper: Wrapper
 
-    def update(self, adapter: Adapter, x: Tensor, y: Callable[[], Tensor]) -> Tensor:
+    def update(self, adapter: Adapter, x: Tensor, y: Tensor | None) -> Tensor:
         if isinstance(adapter, Additive):
             return self._additive(adapter, self._dropped(x))
         weight, bias = self.rows(self._magnitude(adapter) if isinstance(adapter, DoRA) else x.new_empty(0))
         if isinstance(adapter, DoRA):
-            return self._dora(adapter, weight, bias, x, y())
+            assert y is not None
+            return self._dora(adapter, weight, bias, x, y)
         assert isinstance(adapter, Transform)
         weight = weight.clone() if weight.is_inference() else weight
         return self.kind.run(x, adapter.changed(weight) - weight)
@@ -329,7 +331,7 @@ class _Place(NamedTuple):
 
     def _dropped(self, x: Tensor) -> Tensor:
         draw, rate = self.wrapper.draw, self.wrapper.dropout
-        if draw is None or not rate:
+        if not rate or draw is None:
             return x
         masks = generator(draw.seed, "dropout", draw.step, draw.batch, self.trained.place.module, device=x.device)
         kept = torch.rand(x.shape, generator=masks, device=x.device) >= rate

@@ -36,6 +36,11 @@ class Weight:
     loaded: Tensor | None = None  # the host's own with the same patches, where the model is loaded with them
 
     @property
+    def before(self) -> int:
+        """Bytes of another weight that are gone through to make this one."""
+        return 0
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(comfy.lora.calculate_shape(self.patches, self.base, self.key))
 
@@ -106,6 +111,11 @@ class Stored(Weight):
     """One of the tensors that a quantised weight is stored in."""
 
     whole: Quantised = field(kw_only=True)
+
+    @property
+    def before(self) -> int:
+        found = self.whole.tensors.values() if self.patches and self.base.numel() == 1 else ()
+        return sum(tensor.nbytes for tensor in found)
 
     @property
     def shape(self) -> tuple[int, ...]:

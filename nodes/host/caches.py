@@ -1,6 +1,6 @@
-"""The caches: parsed LoRA files, so that a changed strength reads no file again; the hashes of their tensors; live
-hooks, so that a changed strength makes none; the hashes of text encoders and VAEs; runs of training and how they
-went."""
+"""The caches: parsed LoRA files, so that a changed strength reads no file again; the hashes of their tensors; what
+names mean in a model; live hooks, so that a changed strength makes none; the hashes of text encoders and VAEs; runs of
+training and how they went."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ...lora_ops import files
+from ...lora_ops.dialects import target_map
+from ...lora_ops.families import recognise
 from ...lora_ops.files import Identity, TensorFile, identity
 from ...lora_ops.live import Live
-from ...lora_ops.lora import Lora, configurations, from_file, read_file
+from ...lora_ops.lora import Lora, TargetMap, configurations, from_file, read_file
 from ...lora_ops.report import Report, report
 from ...lora_ops.train import history
 from ...lora_ops.words import TriggerWords, trigger_words
@@ -123,6 +125,13 @@ def history_of(folder: Path, state: Identity) -> dict[str, Any] | None:
         return history.read(folder).told()
     except (OSError, ValueError):
         return None
+
+
+@lru_cache(maxsize=8)
+def target_map_of(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> TargetMap:
+    """The TargetMap of a model whose weights have these names and shapes. Raises TargetError like recognise."""
+    found = dict(shapes)
+    return target_map(recognise(found), found)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...lora_ops.errors import TrainingError
 from ...lora_ops.select import family_of
+from ...lora_ops.train.compiling import INDUCTOR
 from ...lora_ops.train.dataset import Dataset, Picture
 from ...lora_ops.train.loop import Progress
 from ...lora_ops.train.memory import Estimate
@@ -21,6 +22,7 @@ from ...lora_ops.train.presets import choose
 from ...lora_ops.train.randomness import generator
 from ...lora_ops.train.settings import Settings
 from .encoding import conditions_of
+from .offloading import offload_of
 from .previews import Previews, prepared
 from .shelf import shelf
 from .trainable import paired, require_trainable
@@ -70,8 +72,11 @@ class Course:
         return conditions_of(self.wires.clip, texts, shelf(), told).conditions
 
     def _require_possible(self) -> None:
-        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take."""
+        """Raises TrainingError for timesteps, a weighting, an optimizer or a schedule that no step can take, and for
+        weights that cannot be away."""
         plan, sampling, shape = self.plan, self.model.sampling, self.items[0].shape
+        if self.settings.offload:
+            offload_of(self.wires.model)
         timesteps = plan.timesteps or self.chosen.timesteps
         sigma = timesteps.sigmas(sampling, timesteps.moments(1, generator(plan.seed)), *shape[-2:])
         weights(plan.objective, coefficients(sampling, sigma))
@@ -108,6 +113,8 @@ class Course:
             self.items,
             name="rehearsal",
             checkpointing=self.settings.checkpointing,
+            offload=self.settings.offload,
+            compiler=INDUCTOR if self.settings.compile else "",
             foreseen=foreseen,
             stepped=stepped,
         )

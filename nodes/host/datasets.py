@@ -154,8 +154,8 @@ def _dataset(
             asked.weight if entry.regularisation else 1.0,
             None if entry.size is None else (entry.size.height, entry.size.width),
             entry.regularisation,
-            entry.controls,
-            empty_of(entry),
+            controls=entry.controls,
+            empty=empty_of(entry),
         )
 
     learned = [picture(entry) for entry in entries if entry.regularisation or entry.name not in apart]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import math
 import os
@@ -14,7 +15,7 @@ from typing import NamedTuple
 
 import folder_paths
 
-from ...lora_ops.errors import FileError, shown
+from ...lora_ops.errors import FileError, LoraOpsError, shown
 from ...lora_ops.files import identity
 from ...lora_ops.lora import configurations
 from ...lora_ops.words import sidecars
@@ -93,6 +94,20 @@ def find(name: str, sha256: str = "") -> Found:
     if path is None:
         raise FileError("is listed in models/loras but cannot be opened (a broken link?).", file=name)
     return Found(names[meant[0]], path, "" if meant[0] in spelled else name)
+
+
+async def checked(question: Callable[[], object]) -> bool | str:
+    """What a node's validate_inputs says: True, or what a question raises. It is asked in a thread: a search by content
+    takes seconds, in which the server has others to answer."""
+
+    def answer() -> bool | str:
+        try:
+            question()
+        except LoraOpsError as error:
+            return str(error)
+        return True
+
+    return await asyncio.to_thread(answer)
 
 
 def _meant(spelled: Sequence[str], names: Iterable[str]) -> list[str]:

@@ -11,15 +11,14 @@ from comfy.weight_adapter.base import WeightAdapterBase
 from torch import Tensor
 
 from ...lora_ops.adapters import Transform
-from ...lora_ops.dialects import target_map
 from ...lora_ops.errors import TargetError
-from ...lora_ops.families import Shapes, recognise
+from ...lora_ops.families import Shapes
 from ...lora_ops.landing import Landing, Piece
 from ...lora_ops.live import REMEDY
 from ...lora_ops.lora import TargetMap
 from ...lora_ops.stack import Schedule
 from ...lora_ops.survival import Survival
-from . import ledger, live, storing
+from . import caches, ledger, live, storing
 
 
 class LandedPatch(WeightAdapterBase):
@@ -76,8 +75,7 @@ class LandedPatch(WeightAdapterBase):
 
 def targets(model: Any, clip: Any) -> TargetMap:
     """The TargetMap of what is connected: a MODEL, a CLIP or both (None: not connected)."""
-    found = shapes(model, clip)
-    return target_map(recognise(found), found)
+    return caches.target_map_of(tuple(shapes(model, clip).items()))
 
 
 def shapes(model: Any, clip: Any) -> Shapes:

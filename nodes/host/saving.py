@@ -68,13 +68,13 @@ def save(
     Raises what files.write and verify do.
     """
     planned = [_planned(file) for file in files_of(layout, parts)]
-    total, before = 3 * sum(plan.bytes for plan in planned), 0
+    total, before = sum(plan.work for plan in planned), 0
     done: list[Saved] = []
     try:
         for plan in planned:
             told = partial(_told, progress, before, total)
             done.append(plan.written(to, if_exists, graph, told, shard))
-            before += 3 * plan.bytes
+            before += plan.work
     except BaseException:
         for saved in done:
             saved.path.unlink()
@@ -135,6 +135,11 @@ class _Plan:
     def bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def work(self) -> int:
+        """Bytes that are written, read back and compared, and those that are gone through before."""
+        return 3 * self.bytes + sum(each.before for each in self.tensors.values() if isinstance(each, Lazy))
+
     def written(
         self, to: Destination, if_exists: str, graph: Mapping[str, str], told: Callable[[int], None], shard: float
     ) -> Saved:
@@ -192,16 +197,16 @@ def _planned(file: File) -> _Plan:
             origin: (part.weights[key], part.written(key)) for origin in result.origins for part, key in [live[origin]]
         }
         kept = not any(weight.patches for weight, _ in weights.values())
+        made = partial(Lazy, result.tensor.dtype, tuple(result.tensor.shape), kept=kept)
         if result.whole:
             ((weight, dtype),) = weights.values()
-            chunks = partial(weight.chunks, dtype)
-        else:
+            return made(partial(weight.chunks, dtype), before=weight.before)
 
-            def chunks() -> list[Tensor]:
-                values = {origin: weight.rounded(dtype) for origin, (weight, dtype) in weights.items()}
-                return [computed(file.save, inputs, values)[name]]
+        def chunks() -> list[Tensor]:
+            values = {origin: weight.rounded(dtype) for origin, (weight, dtype) in weights.items()}
+            return [computed(file.save, inputs, values)[name]]
 
-        return Lazy(result.tensor.dtype, tuple(result.tensor.shape), chunks, kept)
+        return made(chunks)
 
     origins = frozenset().union(*(result.origins for result in found.values()))
     kept = {part.name: frozenset(key for key in part.weights if f"{part.name}/{key}" in origins) for part in file.parts}

@@ -22,6 +22,7 @@ from ...lora_ops.landing import land, require_coverage
 from ...lora_ops.layouts import LAYOUTS, Layout, write
 from ...lora_ops.lora import Lora, from_file, read_file
 from ...lora_ops.stack import Entry
+from ...lora_ops.train.compiling import INDUCTOR
 from ...lora_ops.train.figures import figures
 from ...lora_ops.train.history import read
 from ...lora_ops.train.keeping import Folder
@@ -81,6 +82,8 @@ class Sitting:
                     held_out=course.held_out,
                     path=self.folder.state,
                     checkpointing=settings.checkpointing,
+                    offload=settings.offload,
+                    compiler=INDUCTOR if settings.compile else "",
                     foreseen=self._foreseen,
                     stepped=self._stepped,
                     stopped=self._stopped,

@@ -81,6 +81,7 @@ def require_trainable(model: Any, dataset: Dataset) -> None:
 
 def _require_controls(picture: Picture, way: str | None) -> None:
     """Raises TrainingError for control pictures that a model cannot take, and where it needs one."""
+    latent, alone = picture.latents[0], way == BESIDE
     given = [options for condition in picture.conditions for options in options_of(condition)]
     for name, meaning in GIVEN.items():
         if name != way and any(options.get(name) is not None for options in given):
@@ -94,7 +95,6 @@ def _require_controls(picture: Picture, way: str | None) -> None:
     if shows and picture.controls:
         what = f"comes with control pictures and with a conditioning that has some ({way})."
         raise TrainingError(what, remedy="Give one of the two.")
-    latent, alone = picture.latents[0], way == BESIDE
     missing = not picture.controls and len(shows) < len(given)
     if alone and (missing or any(len(each) > 1 for each in picture.controls)):
         what = "needs one control picture: the model takes it beside the noise."

@@ -21,7 +21,9 @@ from ...lora_ops.errors import TrainingError
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
 from ...lora_ops.train.blocks import OutOfPlace, checkpointed
+from ...lora_ops.train.compiling import compiled, failure
 from ...lora_ops.train.data import Item, widest
+from ...lora_ops.train.dataset import REFERENCES
 from ...lora_ops.train.encoders import require_known
 from ...lora_ops.train.initial import of_inputs
 from ...lora_ops.train.loop import Progress, Run, looks, train
@@ -34,7 +36,7 @@ from ...lora_ops.train.wrapper import Wrapper
 from .items import Items
 from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Text, weight_of
+from .wrapping import Part, Prompt, Text, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
@@ -109,14 +111,15 @@ class Model(Part):
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
         offload: Offload | None = None,
+        compiler: str = "",
     ) -> Iterator[Probe]:
         """While inside, the model is loaded with its wrapper in it, and the text encoder with its own, and they answer
         with gradients; yields what a batch like this one keeps for them under autocast. offload brings the weights of
-        the model's blocks.
+        the model's blocks; compiler is torch.compile's backend for them, if they are to be compiled.
 
         Raises TrainingError for a model whose blocks cannot be computed again.
         """
-        self._memory = self.patcher.memory_required([len(batch), *batch[0].shape])
+        self._memory = _required(self.patcher.model, batch)
         self._training, device = comfy.model_management.in_training, self.patcher.load_device.type
         self._offload = offload
         with torch.inference_mode(False), torch.enable_grad():
@@ -125,9 +128,13 @@ class Model(Part):
                     part.put(wrapper)
                 self._enter()
                 again = checkpointed(self.network, lambda: self._out_of_place) if checkpointing else nullcontext()
-                with offloaded(offload) if offload else nullcontext(), again:
+                fast = compiled(self.network, compiler) if compiler else nullcontext()
+                with fast, offloaded(offload) if offload else nullcontext(), again:
                     with torch.autocast(device, autocast) if autocast else nullcontext():
                         found = self._examined(batch, checkpointing)
+                    if compiler and self._copying:
+                        what = "The model writes into its own tensors, which cannot be compiled."
+                        raise TrainingError(what, remedy="Turn compile off.")
                     yield found
             finally:
                 self._leave()
@@ -201,6 +208,8 @@ class Model(Part):
         """What a step of a run needs."""
         width = self.patcher.model.get_dtype_inference().itemsize
         largest = width * max(weight.numel() for weight in self.network.parameters())
+        # Cast, and laid out for its product; a CPU makes both in float32 too where it computes in half precision.
+        largest *= 4 if run.plan.autocast and self.patcher.load_device.type == "cpu" else 2
         largest += self._offload.most if self._offload else 0
         return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
 
@@ -275,6 +284,7 @@ class Model(Part):
         path: Path | None = None,
         checkpointing: bool = False,
         offload: bool = False,
+        compiler: str = "",
         foreseen: Callable[[Estimate, int], None] = lambda needed, free: None,
         stepped: Callable[[Progress, Session], None] = lambda done, session: None,
         stopped: Callable[[Session], None] = lambda session: None,
@@ -316,6 +326,7 @@ class Model(Part):
         needed: Estimate | None = None
         try:
             more = {"checkpointing": checkpointing, "autocast": plan.autocast, "offload": brought}
+            more |= {"compiler": compiler}
             with self.running(wrappers, widest(items, plan.batch), **more) as found:
                 needed = self.foreseen(found, run)
                 foreseen(needed, comfy.model_management.get_free_memory(device))
@@ -335,6 +346,8 @@ class Model(Part):
         except BaseException as error:
             if run.step and run.whole:
                 stopped(session)
+            if compiler and (told := failure(error)):
+                raise told from error
             if not out_of_memory(error):
                 raise
             free = 0 if offload else offloadable(self.patcher)
@@ -412,6 +425,17 @@ def _copied(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_copied, value))
     return value
+
+
+def _required(model: Any, batch: Sequence[Item]) -> float:
+    """Bytes that the host wants free for a batch when it samples, its control pictures among it."""
+    shapes: dict[str, list[Any]] = {}
+    for condition in (item.guise().condition for item in batch):
+        options = condition.options if isinstance(condition, Prompt) else condition[0][1]
+        if options.get(REFERENCES) is not None:
+            for name, shape in model.extra_conds_shapes(**options).items():
+                shapes.setdefault(name, []).append(shape)
+    return model.memory_required([len(batch), *batch[0].shape], cond_shapes=shapes)
 
 
 def _to(value: Any, device: torch.device) -> Any:

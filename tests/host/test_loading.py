@@ -219,7 +219,7 @@ def test_node_ids_inputs_and_outputs_are_frozen(pack):
                 ),
                 *("sample_scheduler", "sample_seed", "precision", "checkpointing", "ema", "dropout"),
                 *("clip_norm", "noise_offset", "guidance", "masked", "validate_every", "dry_run"),
-                "preservation",
+                *("preservation", "offload", "compile"),
             ],
             [
                 ("LORA_MODEL", "lora"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import threading
 import time
 import unicodedata
 
@@ -79,6 +81,28 @@ def test_a_name_that_means_no_lora_or_several_is_an_error_that_lists_them(ours, 
         names.find(name)
     assert caught.value.facts["candidates"] == candidates
     assert words in ours("nodes.loading").LoraOpsLoad.validate_inputs(lora_name=name)
+
+
+@pytest.mark.parametrize("node", ["nodes.stacking.LoraOpsStack", "nodes.saving.LoraOpsMergeFiles"])
+def test_a_row_is_searched_for_beside_the_servers_loop(node, ours, names, monkeypatch, loras):
+    """A search by content reads files for seconds; the server answers meanwhile."""
+    module, _, name = node.rpartition(".")
+    validate, found, answered = getattr(ours(module), name).validate_inputs, names.find, []
+
+    async def loop():
+        going_on = threading.Event()
+
+        def find(*asked):
+            assert going_on.wait(60)  # which only the loop sets
+            return found(*asked)
+
+        monkeypatch.setattr(names, "find", find)
+        asyncio.get_running_loop().call_soon(going_on.set)
+        answered.append(await validate(stack="<lora:ink:1>"))
+        answered.append(await validate(stack="<lora:nowhere:1>"))
+
+    asyncio.run(loop())
+    assert answered[0] is True and "is not in models/loras" in answered[1]
 
 
 def test_a_renamed_file_is_found_by_its_tensors(names, loras):

@@ -191,3 +191,10 @@ def test_half_precision_models_are_rounded_once(pack, samples, apply, ours, dtyp
 def test_strength_zero_adds_no_patch(models, samples, apply):
     model = models["sd15"]
     assert apply(model, (samples(model), 0.0)) is model
+
+
+def test_what_names_mean_is_worked_out_once_for_a_model_and_its_clones(models, ours):
+    targets = ours("nodes.host.patching").targets
+    found = targets(models["flux"], None)
+    assert targets(models["flux"].clone(), None) is found and targets(models["sd15"], None) is not found
+    assert targets(inside.model("flux"), None) is found

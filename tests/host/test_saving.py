@@ -206,6 +206,8 @@ def quantised(ours, pack, tmp_path_factory):
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     def load(algorithm):
+        if algorithm not in QUANT_ALGOS:
+            pytest.skip("this host has no such format")
         path = tmp_path_factory.mktemp("quantised") / f"{algorithm}.safetensors"
         found = dict(inside.model("flux").model.diffusion_model.state_dict())
         for module in [key.removesuffix("weight") for key in found if re.search(r"linear\d\.weight", key)]:
@@ -247,7 +249,7 @@ def floats(patcher):
     return {key: each.dequantize() if hasattr(each, "dequantize") else each for key, each in state.items()}
 
 
-@pytest.mark.parametrize("algorithm", ["float8_e4m3fn", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("algorithm", ["float8_e4m3fn", "nvfp4", "mxfp8", "int8_tensorwise"])
 def test_a_quantised_model_is_saved_as_the_host_would_store_it_patched(
     algorithm, quantised, save, samples, apply, ours, monkeypatch
 ):
@@ -258,7 +260,10 @@ def test_a_quantised_model_is_saved_as_the_host_would_store_it_patched(
     baking, made = ours("nodes.host.baking"), Counter()
     floats_of = baking.Quantised.floats
     monkeypatch.setattr(baking.Quantised, "floats", lambda each: (made.update([each.key]), floats_of(each))[1])
-    ((saved),) = save("diffusion model", model=changed)
+    heard = []
+    ((saved),) = save("diffusion model", model=changed, progress=lambda *told: heard.append(told))
+    data = saved.bytes - ours("lora_ops.files").read_header(saved.path).data_start
+    assert {total > 3 * data for _, total in heard} == {algorithm != "mxfp8"} and heard[-1][0] == heard[-1][1]
     # once for what is written, once to compare, once for the number that is written long before its weight
     assert made and set(made.values()) == {2 if algorithm == "mxfp8" else 3}
     assert saved.verified.equal == saved.verified.weights == len(model.model.diffusion_model.state_dict())

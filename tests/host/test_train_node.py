@@ -340,6 +340,8 @@ def test_what_cannot_be_is_refused_before_anything_is_written(parts, ours):
     refused("has no rank", targets={"key": "selectors", "selectors": "role:attn=much"})
     refused("chooses nothing", targets={"key": "selectors", "selectors": "double_blocks.0=4"})
     refused("is for models that predict noise or v", "flux", objective={"key": "min-snr", "gamma": 5.0})
+    refused("model runs there", offload=True)
+    refused("dropout draws", compile=True, dropout=0.1)
     refused("takes no shift", timesteps={"key": "uniform", "shift": 3.0})
     edited = dataset(parts, (4, 8, 8), 768, 0)
     edited.pictures[0].conditions[0][0][1]["reference_latents"] = [noise(1, 4, 8, 8)]

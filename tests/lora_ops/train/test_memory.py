@@ -10,7 +10,7 @@ from torch import nn
 from lora_ops.adapters import LowRank
 from lora_ops.lora import Target
 from lora_ops.train.blocks import checkpointed
-from lora_ops.train.memory import probe
+from lora_ops.train.memory import Estimate, probe
 from lora_ops.train.places import Place
 from lora_ops.train.wrapper import Wrapper
 
@@ -115,3 +115,18 @@ def test_a_block_computed_again_stops_before_its_last_map():
         (again,) = torch.autograd.grad(model(x).square().sum(), x)
     assert torch.equal(plain, again)
     assert (block.first.count, block.second.count) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("needed", "told", "word"),
+    [
+        (Estimate(4, 2), {}, "checkpointing"),
+        (Estimate(4, 2), {"checkpointing": True, "batch": 2}, "batch size"),
+        (Estimate(4, 2), {"checkpointing": True}, "smaller pictures"),
+        (Estimate(2, 4), {}, "rank"),
+        (Estimate(2, 4), {"offloadable": 5}, "offload"),
+        (Estimate(2, 4), {"offloadable": 4}, "rank"),
+    ],
+)
+def test_the_setting_that_frees_most_is_named(needed, told, word):
+    assert word in needed.advice(**{"checkpointing": False, "batch": 1} | told)
