@@ -25,7 +25,12 @@ SMALLER = {
         "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3],
         "transformer_depth_middle": 3,
     },
-    "sd2": {"model_channels": 64},
+    "sd2": {
+        "model_channels": 64,
+        "num_res_blocks": [1, 1, 1, 1],
+        "transformer_depth": [1, 1, 1, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 0, 0],
+    },
     "flux": _FLUX,
     "sd3": {
         "depth": 2,

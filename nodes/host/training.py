@@ -166,11 +166,15 @@ class Model(Part):
         too."""
         device = self.patcher.load_device
         self._leave()
+        model, clip = self.model.clone(), self.text and self.text.clip.clone()
         try:
-            model = self.model.clone()
-            self.lend(model)
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode():
-                yield model, self.text and self.text.lent()
+            with (
+                self.lending(model),
+                self.text.lending(clip.patcher) if self.text and clip else nullcontext(),
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                torch.inference_mode(),
+            ):
+                yield model, clip
         finally:
             self._enter()
 
@@ -371,7 +375,8 @@ class Session:
 
     def sample(self, draw: Callable[[Any], T]) -> T:
         """What draw makes of a MODEL that the host's own samplers take, with what was learned until now. The MODEL is
-        good while draw runs; training goes on as if nothing had been drawn. Raises what draw raises."""
+        good while draw runs, and refuses to run afterwards; training goes on as if nothing had been drawn. Raises what
+        draw raises."""
         with self._run.result(), self._model.lent() as (model, self.clip):
             try:
                 return draw(model)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import comfy.ops
 import comfy.sd
 import torch
-from comfy.patcher_extension import PatcherInjection
+from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
@@ -51,9 +51,28 @@ class Part:
                 raise TrainingError(what, module=each.place.module, remedy="Put that LoRA on in mode patch.")
         self.patcher.injections = {KEY: [_injection(wrapper)], **self.patcher.injections}
 
-    def lend(self, patcher: Any) -> None:
-        """Put the wrapper into another clone."""
-        patcher.injections = {KEY: self.patcher.injections[KEY], **patcher.injections}
+    @contextmanager
+    def lending(self, patcher: Any) -> Iterator[None]:
+        """While inside, another clone has the wrapper in it. Afterwards that one and its clones refuse to run: they
+        would go on changing with the run. When they die they take nothing out with them."""
+        (own,), over = self.patcher.injections[KEY], list[bool]()
+
+        def require_lent(_: Any) -> None:
+            if over:
+                what = "This MODEL or CLIP was lent for a sample of a training run, which has gone on since."
+                raise TrainingError(what, remedy="Load the LoRA that the run saves.")
+
+        def inject(whom: Any) -> None:
+            require_lent(whom)
+            own.inject(whom)
+
+        lent = PatcherInjection(inject=inject, eject=lambda whom: None if over else own.eject(whom))
+        patcher.injections = {KEY: [lent], **patcher.injections}
+        patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, require_lent)
+        try:
+            yield
+        finally:
+            over.append(True)
 
     def enter(self) -> None:
         self.patcher.eject_model()  # what was in from another clone
@@ -103,11 +122,6 @@ class Text(Part):
         with copying() if torch.is_grad_enabled() else nullcontext():
             ((cross, options),) = self._loaded.encode_from_tokens_scheduled(prompt.tokens, show_pbar=False)
         return [[cross, {**prompt.options, **options}]]
-
-    def lent(self) -> Any:
-        clip = self.clip.clone()
-        self.lend(clip.patcher)
-        return clip
 
 
 def _injection(wrapper: Wrapper) -> PatcherInjection:
