@@ -153,12 +153,12 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool, largest: int = 0
+    kept: int, parameters: Mapping[str, nn.Parameter], descent: Descent, *, ema: bool, copies: int = 0
 ) -> Estimate:
-    """kept is a Probe's. largest are the bytes of the copies that there are of the model's largest weight while it is
-    used. What an allocator or a compiler keeps for itself is not in it."""
+    """kept is a Probe's. copies are the bytes of what there is twice of the model's weights: of the largest while it is
+    used, of blocks that are brought. What an allocator or a compiler keeps for itself is not in it."""
     count = sum(parameter.numel() for parameter in parameters.values())
-    return Estimate(kept + largest, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
+    return Estimate(kept + copies, int(count * (8 + STATES[descent.optimizer] + (4 if ema else 0))))
 
 
 def out_of_memory(error: BaseException) -> bool:

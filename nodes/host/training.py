@@ -208,10 +208,9 @@ class Model(Part):
         """What a step of a run needs."""
         width = self.patcher.model.get_dtype_inference().itemsize
         largest = width * max(weight.numel() for weight in self.network.parameters())
-        # Cast, and laid out for its product; a CPU makes both in float32 too where it computes in half precision.
-        largest *= 4 if run.plan.autocast and self.patcher.load_device.type == "cpu" else 2
-        largest += self._offload.most if self._offload else 0
-        return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), largest=largest)
+        copies = 2 * largest  # cast, and laid out for its product
+        copies += self._offload.most if self._offload else 0
+        return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), copies=copies)
 
     def around(self) -> AbstractContextManager[Any]:
         """What a forward pass and its backward pass run in: copies of what a model writes over, where it must be."""
