@@ -243,7 +243,7 @@ def of_every_algebra(module: str, rows: int, inputs: int) -> dict[str, dict[str,
         "LoRA": made(**factors),
         "DoRA": made(**factors, dora_scale=(rows, 1)),
         "LoHa": made(**halves),  # at scale 1: when it merges, LyCORIS takes the scale of a LoHa twice
-        "LoKr": made(lokr_w1=(2, 4), lokr_w2=(rows // 2, inputs // 4)),
+        "LoKr": made(lokr_w1=(4, 4), lokr_w2=(rows // 4, inputs // 4)),  # as LyCORIS itself cuts 16 and 64
         "Diag-OFT": made(oft_blocks=(rows // 4, 4, 4)),
     }
 
