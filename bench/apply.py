@@ -1,20 +1,24 @@
 """Applying LoRAs: the host's loaders, ours, and the bound that the host's own patcher sets, on one model in one run.
 
 The bound is one in-place addmm per weight through the same ModelPatcher, its factors joined and scaled beforehand.
-Times are the least of the repetitions, the contestants taking turns; memory is what the process needed on top while it
-patched. A step's overhead is the median of its ratios to the base model's step in the same round, in CPU seconds where
-there is no GPU: they depend less on what else the machine does. Models and LoRAs are random, all attention and
-feed-forward matrices are changed.
+Times are the least of the repetitions, the contestants taking turns, each with as little memory at hand; memory is what
+the process needed on top while it patched. A step's overhead is the median of its ratios to the base model's step in
+the same round, in CPU seconds where there is no GPU: they depend less on what else the machine does. Models and LoRAs
+are random, all attention and feed-forward matrices are changed.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import importlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -95,8 +99,9 @@ def _measured(model: Any, loras: list[dict[str, torch.Tensor]], asked: argparse.
         seconds, patchers[name] = _timed(lambda make=make: make(STRENGTH))
         found[f"{name}_node_s"] = seconds
     patch: dict[str, list[tuple[float, float, float]]] = {name: [] for name in patchers}
-    for _ in range(asked.repeat):
-        for name, patcher in patchers.items():
+    turns = list(patchers.items())
+    for number in range(asked.repeat):
+        for name, patcher in turns[number % len(turns) :] + turns[: number % len(turns)]:
             patch[name].append(_patching(patcher))
     for name, times in patch.items():
         found[f"{name}_patch_s"], found[f"{name}_cpu_s"], found[f"{name}_extra_mb"] = map(min, zip(*times, strict=True))
@@ -168,6 +173,7 @@ def _name(key: str) -> str:
 def _patching(patcher: Any) -> tuple[float, float, float]:
     """Seconds, CPU seconds and extra megabytes of patching all weights; the model is unpatched again."""
     device = patcher.load_device
+    _give_back()
     _reset_peak()
     before, cpu = _memory(), time.process_time()
     seconds, _ = _timed(lambda: patcher.patch_model(device))
@@ -249,6 +255,15 @@ def _timed(call: Callable[[], Any]) -> tuple[float, Any]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start, found
+
+
+def _give_back() -> None:
+    """Freed memory goes back to the system, so that each contestant begins with as little: to get it again takes as
+    long as a patch."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(AttributeError):  # another C library than GNU's
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _reset_peak() -> None:
