@@ -36,7 +36,7 @@ from .progress import Steps, show
 from .training import Finish, Session
 
 RECIPE = "lora_ops.training"  # in a LoRA's metadata
-KOHYA, COMFY, _, _, LYCORIS = LAYOUTS
+KOHYA, COMFY, LYCORIS = ({each.name: each for each in LAYOUTS}[name] for name in ("kohya", "comfy", "lycoris"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harness.server import WorkflowError
+from harness import demo
+from harness.server import Server, WorkflowError
 from tests.host.test_server import FLUX, STACK, node_of, picture, receipts, stacked, without_loras
 
 
@@ -99,3 +100,11 @@ def test_on_an_fp8_base_auto_runs_live(server, flux, stored, why):
     auto, live, patch = (picture(server, in_mode(coarse, mode, "LoraOpsApply")) for mode in ("auto", "live", "patch"))
     plain = picture(server, without_loras(coarse, "LoraOpsApply"))
     assert server.images(entry) == [auto] and auto == live and len({live, patch, plain}) == 3
+
+
+def test_on_a_bf16_base_every_mode_makes_a_picture(comfy_path, small_files, tmp_path, sd15):
+    demo.write_samples(small_files, tmp_path / "models" / "loras")
+    with Server(comfy_path, tmp_path, models=small_files, arguments=("--bf16-unet", "--disable-metadata")) as half:
+        pictures = {mode: picture(half, in_mode(sd15, mode, "LoraOpsStack")) for mode in ("auto", "patch", "live")}
+        plain = picture(half, without_loras(sd15, "LoraOpsStack"))
+    assert pictures["auto"] == pictures["patch"] and len({*pictures.values(), plain}) == 3
