@@ -2,14 +2,14 @@
 
 The host runs nodes in inference mode, whose weights cannot be kept for backward; and where it casts, moves or
 de-quantises a weight for each call, keeping it would cost a copy of the model. Here the weight is asked for again when
-the gradient comes back, and only the input's shape is kept. Where autocast makes a smaller one of it, that is kept if
-it may be: to make it twice takes longer than the product.
+the gradient comes back, and only the input's shape is kept. Where autocast would make another one of it each time, a
+Cast may stand for it: on a processor, to make it takes longer than the product.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,39 @@ def is_map(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or hasattr(module, "in_features")
 
 
-def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf, *, keeps_cast: bool = True) -> Tensor:
-    """forward(x), where forward is the module's own; its gradient is that of the module's map alone. keeps_cast:
-    whether it keeps the weight that autocast makes."""
+class Cast(NamedTuple):
+    """A module's weight and bias as autocast makes them for its map, made once."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(module: nn.Module, dtype: torch.dtype, weight_of: WeightOf) -> Cast | None:
+        """None where the module has this very weight, or one that is no plain tensor."""
+        weight: Any = module.weight
+        if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.dtype == dtype:
+            return None
+        return Cast(*weight_of(module, weight.new_empty(0, dtype=dtype)))
+
+    def meant(self, x: Tensor) -> bool:
+        """Whether autocast would make this of the module's weight for an input."""
+        kind = x.device.type
+        return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == self.weight.dtype
+
+    def map(self, module: nn.Module, x: Tensor) -> Tensor:
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            convolved: Any = module._conv_forward
+            return convolved(x, self.weight, self.bias)
+        return functional.linear(x, self.weight, self.bias)
+
+
+def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf, cast: Cast | None = None) -> Tensor:
+    """forward(x), where forward is the module's own; its gradient is that of the module's map alone. cast is used where
+    autocast would make it."""
+    cast = cast if cast is not None and cast.meant(x) else None
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return forward(x)
-    found = _Frozen.apply(x, module, forward, weight_of, keeps_cast)
+        return forward(x) if cast is None else cast.map(module, x)
+    found = _Frozen.apply(x, module, forward, weight_of, cast)
     assert isinstance(found, Tensor)
     return found
 
@@ -47,26 +74,16 @@ def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf, 
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore
-        ctx: Any, x: Tensor, module: nn.Module, forward: Forward, weight_of: WeightOf, keeps_cast: bool
+        ctx: Any, x: Tensor, module: nn.Module, forward: Forward, weight_of: WeightOf, cast: Cast | None
     ) -> Tensor:
-        ctx.module, ctx.weight_of, ctx.shape, ctx.dtype = module, weight_of, x.shape, x.dtype
-        smaller = _smaller(module, x) if keeps_cast else None
-        if smaller is None:
-            return _whole(forward(x.detach()))
-        weight, bias = weight_of(module, x.new_empty(0, dtype=smaller))
-        ctx.save_for_backward(weight)
-        x = x.detach().to(smaller)
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            convolved: Any = module._conv_forward
-            return convolved(x, weight, bias)
-        return _whole(functional.linear(x, weight, bias))
+        ctx.module, ctx.weight_of, ctx.shape, ctx.dtype, ctx.cast = module, weight_of, x.shape, x.dtype, cast
+        x = x.detach()
+        return _whole(forward(x) if cast is None else cast.map(module, x))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore
-        (weight,) = ctx.saved_tensors or (None,)
-        if weight is None:
-            weight, _ = ctx.weight_of(ctx.module, grad)
+        weight = ctx.weight_of(ctx.module, grad)[0] if ctx.cast is None else ctx.cast.weight
         return _transposed(ctx.module, weight, grad, ctx.shape).to(ctx.dtype), None, None, None, None
 
 
@@ -74,16 +91,6 @@ def _whole(y: Tensor) -> Tensor:
     """The same tensor and no view: a model may add to it in place, as FLUX does to its text."""
     storage: Any = y
     return y.new_empty(0).set_(storage) if y._is_view() else y
-
-
-def _smaller(module: nn.Module, x: Tensor) -> torch.dtype | None:
-    """What autocast makes of a module's weight, where that takes less memory than the weight."""
-    kind = x.device.type
-    weight: Any = module.weight
-    if not torch.is_autocast_enabled(kind) or type(weight) not in (Tensor, nn.Parameter):
-        return None
-    found = torch.get_autocast_dtype(kind)
-    return found if weight.is_floating_point() and found.itemsize < weight.dtype.itemsize else None
 
 
 def _transposed(module: nn.Module, weight: Tensor, grad: Tensor, shape: Sequence[int]) -> Tensor:

@@ -75,7 +75,7 @@ class Descent:
             what = f"The optimizer {self.optimizer} is in the package {maker.package}, which is not installed."
             raise TrainingError(what, remedy=f"Run `pip install {maker.package}`.", package=maker.package) from error
         options: dict[str, Any] = {"lr": self.rate, "weight_decay": self.weight_decay, **maker.options}
-        if self.optimizer == "adamw" and all(p.device.type == "cuda" for p in parameters.values()):
+        if self.optimizer == "adamw" and {p.device.type for p in parameters.values()} <= {"cpu", "cuda"}:
             options["fused"] = True
         try:
             return made(self._groups(parameters, text), **(options | dict(self.options)))

@@ -20,7 +20,7 @@ from ..adapters import Adapter, Additive, DoRA, LowRank, Transform
 from ..adapters.base import Product
 from ..errors import AdapterError, TargetError
 from ..live.modules import CONVOLUTION, Kind, Link, kind_of
-from .frozen import Forward, WeightOf, frozen, is_map, stored_weight
+from .frozen import Cast, Forward, WeightOf, frozen, is_map, stored_weight
 from .places import Place
 from .randomness import generator
 
@@ -51,12 +51,10 @@ class Wrapper:
         taken_off: Mapping[Place, Adapter] | None = None,
         dropout: float = 0.0,
         weight_of: WeightOf = stored_weight,
-        keeps_cast: bool = True,
     ) -> None:
         self.draw: Draw | None = None  # None: nothing is dropped
         self.active = True
         self.dropout = dropout
-        self.keeps_cast = keeps_cast  # whether maps keep the weights that autocast makes of theirs
         there: dict[str, list[Trained]] = {}
         for place, adapter in adapters.items():
             each = Trained(place, adapter, (taken_off or {}).get(place))
@@ -71,6 +69,21 @@ class Wrapper:
         for key in there:
             raise TargetError("is of no linear map or convolution, and cannot be trained.", module=key)
         self._aside: list[tuple[dict[str, Any], str, Any]] = []
+
+    def make_casts(self, dtype: torch.dtype) -> None:
+        """From here on to drop_casts, maps use copies of their weights as they are now where autocast asks for this
+        type of them."""
+        for hook in self._hooks:
+            hook.cast = Cast.of(hook.module, dtype, hook.weight_of)
+
+    def drop_casts(self) -> None:
+        for hook in self._hooks:
+            hook.cast = None
+
+    @property
+    def casts(self) -> int:
+        """Bytes of the copies that there are."""
+        return sum(hook.cast.weight.nbytes for hook in self._hooks if hook.cast is not None)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains: module.factor -> parameter."""
@@ -202,9 +215,10 @@ class Hook:
         self, wrapper: Wrapper, module: nn.Module, name: str, trained: Sequence[Trained], weight_of: WeightOf
     ) -> None:
         self.module = module
-        self._wrapper, self._name, self._weight_of = wrapper, name, weight_of
+        self._wrapper, self._name, self.weight_of = wrapper, name, weight_of
         self._trained = sorted(trained, key=lambda each: each.place.target.rows.start)
         self._turns: list[Turn] = []
+        self.cast: Cast | None = None
         if trained:
             try:
                 self._kind = kind_of(module, name)
@@ -225,7 +239,7 @@ class Hook:
         self._turns = [turn for turn in reversed(self._turns) if not turn.end()][::-1]
 
     def alone(self, forward: Forward, x: Tensor) -> Tensor:
-        return frozen(self.module, forward, x, self._weight_of, keeps_cast=self._wrapper.keeps_cast)
+        return frozen(self.module, forward, x, self.weight_of, self.cast)
 
     def ran(self, forward: Forward, x: Tensor) -> Tensor:
         """The map itself runs last, unless something looks at what it gives: where a block is computed again, that
@@ -262,7 +276,7 @@ class Hook:
 
     def _rows(self, each: Trained, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """The weight of an adapter's rows, and their bias."""
-        weight, bias = self._weight_of(self.module, like)
+        weight, bias = self.weight_of(self.module, like)
         rows = each.place.target.rows
         return weight.narrow(0, rows.start, rows.length), None if bias is None else bias.narrow(
             0, rows.start, rows.length

@@ -64,6 +64,8 @@ class Model(Part):
         self._memory = 0  # that the host keeps free while it is loaded
         self._training = False  # what the host's flag was before
         self._offload: Offload | None = None
+        self._wrappers: Sequence[Wrapper] = ()  # that are in
+        self._autocast: torch.dtype | None = None
         if self.text is not None:
             require_known(self.targets().family)
 
@@ -85,7 +87,7 @@ class Model(Part):
         weight, _ = weight_of(part.modules[place.target.key.removesuffix(".weight")], like)
         return weight.narrow(0, place.target.rows.start, place.target.rows.length)
 
-    def wrappers(self, begun: Beginning, dropout: float = 0.0, *, keeps_cast: bool = True) -> list[Wrapper]:
+    def wrappers(self, begun: Beginning, dropout: float = 0.0) -> list[Wrapper]:
         """Those of the model and of the text encoder, on their devices."""
 
         def weights(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -96,8 +98,8 @@ class Model(Part):
         found: list[Wrapper] = []
         for part in self._parts:
             adapters = {place: adapter for place, adapter in begun.adapters.items() if self.part(place) is part}
-            more = {"taken_off": begun.taken_off, "dropout": dropout, "weight_of": weights, "keeps_cast": keeps_cast}
-            found.append(Wrapper(part.modules, adapters, **more))
+            more = {"taken_off": begun.taken_off, "dropout": dropout}
+            found.append(Wrapper(part.modules, adapters, weight_of=weights, **more))
             for each in found[-1].trained:
                 each.to(part.patcher.load_device)
         return found
@@ -121,7 +123,7 @@ class Model(Part):
         """
         self._memory = _required(self.patcher.model, batch)
         self._training, device = comfy.model_management.in_training, self.patcher.load_device.type
-        self._offload = offload
+        self._offload, self._wrappers, self._autocast = offload, wrappers, autocast
         with torch.inference_mode(False), torch.enable_grad():
             try:
                 for part, wrapper in zip(self._parts, wrappers, strict=True):
@@ -148,6 +150,9 @@ class Model(Part):
             put_away(self.patcher)
         for part in self._parts:
             part.enter()
+        if self._autocast is not None and self._casts_pay(self._autocast):
+            for wrapper in self._wrappers:
+                wrapper.make_casts(self._autocast)
         comfy.model_management.in_training = True
         if self._offload is not None:
             self._offload.start()
@@ -156,8 +161,18 @@ class Model(Part):
         comfy.model_management.in_training = self._training
         if self._offload is not None:
             self._offload.stop()
+        for wrapper in self._wrappers:
+            wrapper.drop_casts()
         for part in self._parts:
             part.leave()
+
+    def _casts_pay(self, dtype: torch.dtype) -> bool:
+        """Whether weights are kept as autocast makes them: on a processor, where they take at most half of what is
+        free. A GPU makes them in less time than their memory is worth there."""
+        device = self.patcher.load_device
+        weights = sum(weight.numel() for part in self._parts for weight in part.patcher.model.parameters())
+        free = comfy.model_management.get_free_memory(device)
+        return comfy.model_management.is_device_cpu(device) and 2 * weights * dtype.itemsize <= free
 
     @contextmanager
     def lent(self) -> Iterator[tuple[Any, Any]]:
@@ -210,6 +225,7 @@ class Model(Part):
         largest = width * max(weight.numel() for weight in self.network.parameters())
         copies = 2 * largest  # cast, and laid out for its product
         copies += self._offload.most if self._offload else 0
+        copies += sum(wrapper.casts for wrapper in run.wrappers)
         return estimate(found.kept, run.parameters, run.plan.descent, ema=bool(run.plan.ema), copies=copies)
 
     def around(self) -> AbstractContextManager[Any]:
@@ -310,7 +326,7 @@ class Model(Part):
         else:
             begun = plan.shaped(where, self.weight) if resumed else self.begin(plan, where, items, timesteps)
         brought = offload_of(self.patcher) if offload else None
-        wrappers = self.wrappers(begun, plan.dropout, keeps_cast=brought is None)
+        wrappers = self.wrappers(begun, plan.dropout)
         run = Run(plan, *wrappers, scaled=self.patcher.model.get_dtype_inference() == torch.float16)
         if path is not None and resumed:
             state.restore(path, run)

@@ -12,7 +12,7 @@ from lora_ops.adapters import DoRA, InputOFT, LowRank, build
 from lora_ops.errors import TargetError
 from lora_ops.landing import Piece, merged
 from lora_ops.lora import Band, Target
-from lora_ops.train.frozen import frozen, stored_weight
+from lora_ops.train.frozen import stored_weight
 from lora_ops.train.places import Place
 from lora_ops.train.randomness import generator
 from lora_ops.train.starts import start
@@ -303,8 +303,9 @@ def test_a_hook_of_another_below_is_refused_and_nothing_is_left():
     assert "forward" not in vars(model.first)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_under_autocast_a_frozen_map_is_what_the_module_is_and_casts_its_weight_once(stored):
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_under_autocast_maps_with_casts_are_what_the_modules_are_and_never_ask_for_their_weights(stored, learns):
     """To the bit in the output; the gradient to bfloat16's rounding."""
     found, asked = [], []
 
@@ -312,18 +313,43 @@ def test_under_autocast_a_frozen_map_is_what_the_module_is_and_casts_its_weight_
         asked.append(module)
         return stored_weight(module, like)
 
-    for run in (lambda module, x: module(x), lambda module, x: frozen(module, module.forward, x, weight_of)):
+    for wrapped in (False, True):
         model = small().requires_grad_(False).to(stored)
-        x = rand(2, 4, 8, 8).requires_grad_()
+        wrapper = Wrapper(modules(model), {}, weight_of=weight_of)
+        if wrapped:
+            wrapper.install()
+            wrapper.make_casts(torch.bfloat16)
+            weights = sum(each.weight.numel() for each in model.children() if each is not model.norm)
+            assert wrapper.casts == (0 if stored == torch.bfloat16 else 2 * weights)
+        asked.clear()
+        x = rand(2, 4, 8, 8).requires_grad_(learns)
         with torch.autocast("cpu", torch.bfloat16):
-            y = run(model.linear, torch.tanh(run(model.first, x))[:, :1].expand(-1, 16, -1, -1).flatten(2).mT)
-        forward = len(asked)
-        (y.float() * rand(*y.shape, seed=1)).sum().backward()
+            y = model.linear(torch.tanh(model.first(x))[:, :1].expand(-1, 16, -1, -1).flatten(2).mT)
+        if learns:
+            (y.float() * rand(*y.shape, seed=1)).sum().backward()
         found.append((y.detach(), x.grad))
+        if wrapped:
+            assert len(asked) == (2 if learns and stored == torch.bfloat16 else 0)
+            wrapper.drop_casts()
+            assert wrapper.casts == 0
     (plain, wanted), (ours, gradient) = found
     assert torch.equal(ours, plain) and ours.dtype == torch.bfloat16
-    assert (gradient - wanted).norm() < 0.01 * wanted.norm()
-    assert (forward, len(asked)) == ((2, 2) if stored == torch.float32 else (0, 2))
+    if learns:
+        assert (gradient - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_casts_are_for_autocast_to_their_own_type_alone():
+    model = small()
+    wrapper = Wrapper(modules(model), {})
+    wrapper.install()
+    wrapper.make_casts(torch.float16)
+    for hook in wrapper._hooks:
+        hook.cast.weight.fill_(torch.nan)
+    x = rand(3, 16)
+    exact = nn.functional.linear(x, model.linear.weight, model.linear.bias)
+    assert torch.equal(model.linear(x), exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.linear(x).isfinite().all()
 
 
 @pytest.mark.parametrize("inference", [False, True])
