@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from .frozen import is_map
+from .frozen import Answers, is_map
 from .memory import probing
 
 # What x += y calls, which autograd forbids where x is kept for the backward pass -> what leaves x as it is. Python
@@ -81,15 +81,17 @@ def replaced(there: Sequence[nn.Module], forward_of: Callable[[nn.Module], Calla
 
 
 def _again(forward: Callable[..., Any], out_of_place: Callable[[], bool]) -> Callable[..., Any]:
-    def once(*args: Any, **kwargs: Any) -> Any:
-        # Here, since the backward pass has modes, and perhaps a thread, of its own.
-        with OutOfPlace() if out_of_place() else nullcontext():
-            return forward(*args, **kwargs)
-
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         now = probing.get()
+        answers = Answers() if now is None else Answers(now.outside.keep)
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            # Here, since the backward pass has modes, and perhaps a thread, of its own.
+            with answers.taken(), OutOfPlace() if out_of_place() else nullcontext():
+                return forward(*args, **kwargs)
+
         if now is not None:
             return now.block(once, *args, **kwargs)
         return checkpoint(once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

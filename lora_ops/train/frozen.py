@@ -8,7 +8,10 @@ Cast may stand for it: on a processor, to make it takes longer than the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +74,33 @@ def frozen(module: nn.Module, forward: Forward, x: Tensor, weight_of: WeightOf, 
     return found
 
 
+class Answers:
+    """What the convolutions of a block gave. It is little to keep, and computing it again is most of computing a UNet's
+    block again: that takes it from here. keep hears of each."""
+
+    now: ContextVar[Answers | None] = ContextVar("answers", default=None)
+
+    def __init__(self, keep: Callable[[Tensor], object] = lambda _: None) -> None:
+        self._given: list[Tensor] = []
+        self._keep, self._next = keep, 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """While inside, the block runs, from its beginning."""
+        self._next, token = 0, self.now.set(self)
+        try:
+            yield
+        finally:
+            self.now.reset(token)
+
+    def of(self, compute: Callable[[], Tensor]) -> Tensor:
+        if self._next == len(self._given):
+            self._given.append(compute())
+            self._keep(self._given[-1])
+        self._next += 1
+        return self._given[self._next - 1].detach()
+
+
 class _Frozen(torch.autograd.Function):
     @staticmethod
     def forward(  # pyright: ignore
@@ -78,7 +108,13 @@ class _Frozen(torch.autograd.Function):
     ) -> Tensor:
         ctx.module, ctx.weight_of, ctx.shape, ctx.dtype, ctx.cast = module, weight_of, x.shape, x.dtype, cast
         x = x.detach()
-        return _whole(forward(x) if cast is None else cast.map(module, x))
+
+        def compute() -> Tensor:
+            return forward(x) if cast is None else cast.map(module, x)
+
+        # What is compiled has no lists to put an answer in.
+        answers = Answers.now.get() if _gathers(module) and not torch.compiler.is_compiling() else None
+        return _whole(compute() if answers is None else answers.of(compute))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -91,6 +127,11 @@ def _whole(y: Tensor) -> Tensor:
     """The same tensor and no view: a model may add to it in place, as FLUX does to its text."""
     storage: Any = y
     return y.new_empty(0).set_(storage) if y._is_view() else y
+
+
+def _gathers(module: nn.Module) -> bool:
+    """Whether it is a convolution that looks around."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and math.prod(module.kernel_size) > 1
 
 
 def _transposed(module: nn.Module, weight: Tensor, grad: Tensor, shape: Sequence[int]) -> Tensor:

@@ -37,13 +37,16 @@ def probe(forward: Callable[[], Tensor]) -> Probe:
 
 
 class _Kept:
-    """The storages that autograd would keep, each once."""
+    """The storages that autograd would keep, each once, and not those that are kept beside."""
 
-    def __init__(self) -> None:
+    def __init__(self, beside: _Kept | None = None) -> None:
+        self._beside = beside
         self.storages: dict[int, StorageWeakRef] = {}
         self.total = 0
 
     def keep(self, tensor: Tensor) -> None:
+        if self._beside is not None and self._beside.holds(tensor):
+            return
         storage = tensor.untyped_storage()
         found = self.storages.get(storage._cdata)
         of_parameter = isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter)
@@ -68,16 +71,17 @@ class Probing:
     while it is."""
 
     def __init__(self) -> None:
-        self.outside, self.inside, self.largest = _Kept(), _Kept(), 0
+        self.outside, self.largest = _Kept(), 0
+        self.inside = _Kept(self.outside)
 
     def block(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor):  # what a checkpoint keeps
+            if isinstance(value, Tensor):  # what a checkpoint keeps, beside the answers of convolutions
                 self.outside.keep(value)
-        self.inside = _Kept()
+        self.inside = _Kept(self.outside)
         with self.inside.counting():
             result = forward(*args, **kwargs)
-        self.largest, self.inside = max(self.largest, self.inside.total), _Kept()
+        self.largest, self.inside = max(self.largest, self.inside.total), _Kept(self.outside)
         return result
 
     def holds(self, tensor: Tensor) -> bool:

@@ -117,6 +117,53 @@ def test_a_block_computed_again_stops_before_its_last_map():
     assert (block.first.count, block.second.count) == (3, 2)
 
 
+class Around(nn.Module):
+    """Convolutions, of which the second may be written into."""
+
+    def __init__(self, writes: bool = False) -> None:
+        super().__init__()
+        self.first, self.point, self.second = (
+            Convolving(4, 4, side, padding="same" if side == 1 else 1).requires_grad_(False) for side in (3, 1, 3)
+        )
+        self.writes = writes
+
+    def forward(self, x):
+        y = self.second(torch.tanh(self.point(torch.tanh(self.first(x)))))
+        if self.writes:
+            y += x
+        return torch.sin(y)
+
+
+class Convolving(nn.Conv2d):
+    count = 0
+
+    def forward(self, input):
+        self.count += 1
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_block_computed_again_takes_what_its_convolutions_gave(writes):
+    """Also where the block goes on to write into that: the gradient is the same, to the bit."""
+    model, x = Model(1), torch.randn(2, 4, 8, 8).requires_grad_()
+    block = model.blocks[0] = Around(writes)
+    wrapper = Wrapper(dict(model.named_modules()), {})
+    wrapper.install()
+    (plain,) = torch.autograd.grad(model(x).square().sum(), x)
+    with checkpointed(model, lambda: writes):
+        found = probe(lambda: model(x))
+        before = [each.count for each in (block.first, block.point, block.second)]
+        (again,) = torch.autograd.grad(model(x).square().sum(), x)
+    after = [each.count for each in (block.first, block.point, block.second)]
+    assert torch.equal(plain, again) and not found.overwrites
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 2, 1]
+    with checkpointed(model, lambda: False):
+        assert probe(lambda: model(x)).overwrites is writes
+    one = x.numel() * 4  # bytes of what any of them gives
+    # The input, two answers, two tanh; sin keeps what it is given: a sum, or what a convolution gave.
+    assert found.kept == (6 if writes else 5) * one
+
+
 @pytest.mark.parametrize(
     ("needed", "told", "word"),
     [
