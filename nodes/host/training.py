@@ -39,7 +39,7 @@ from . import live
 from .items import Items
 from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Prompt, Text, weight_of
+from .wrapping import Part, Prompt, Text, stays, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
@@ -169,7 +169,7 @@ class Model(Part):
             part.enter()
         if self._autocast is not None and self._casts_pay(self._autocast):
             for wrapper in self._wrappers:
-                wrapper.make_casts(self._autocast)
+                wrapper.make_casts(self._autocast, stays)
         comfy.model_management.in_training = True
         if self._offload is not None:
             self._offload.start()

@@ -30,6 +30,11 @@ def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight.dequantize().to(like.dtype) if isinstance(weight, QuantizedTensor) else weight, bias
 
 
+def stays(module: nn.Module) -> bool:
+    """Whether the host computes with one weight always: with none that it, or somebody, makes for each call."""
+    return not (getattr(module, "weight_function", None) or getattr(module, "bias_function", None))
+
+
 class Part:
     """A model of the host and its own clone of the patcher, with a wrapper in it while it trains."""
 

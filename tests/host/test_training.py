@@ -358,6 +358,30 @@ def test_models_of_other_types_learn(train, dtype):
     assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
 
 
+def test_weights_are_kept_as_autocast_makes_them_but_for_those_that_are_made_for_each_call(train):
+    """On a processor with room for them, and until the model is done."""
+    from comfy.patcher_extension import CallbacksMP
+
+    patcher, scale = inside.model("flux"), 1.0
+    module = patcher.model.diffusion_model.double_blocks[0].img_attn.proj
+    function = [lambda weight: weight * scale]
+    patcher.add_callback(CallbacksMP.ON_LOAD, lambda *_: setattr(module, "weight_function", function))
+    session = Session(train, "flux", patcher, autocast=torch.bfloat16)
+    predict = session.model.predict
+
+    def answer():
+        level = torch.full((1,), 0.5)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return predict(session.item.guise().latent[None].float(), level, [session.item.guise().condition])
+
+    with torch.inference_mode(), session.running(autocast=torch.bfloat16):
+        kept = {hook.module for hook in session.wrapper._hooks if hook.cast is not None}
+        assert len(kept) == len(session.wrapper._hooks) - 1 and module not in kept
+        first, scale = answer(), 3.0
+        assert not torch.equal(answer(), first)
+    assert session.wrapper.casts == 0
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_learns_under_autocast(train, checkpointing):
     session = Session(train, "flux", autocast=torch.bfloat16)
