@@ -218,7 +218,7 @@ class Hook:
         hidden = self._run(x, down) * gains
         if up is not None and axis == 1:
             hidden = CONVOLUTION[len(ones)](hidden, up.reshape(*up.shape, *ones))
-        elif up is not None and left is None and out.is_contiguous() and not y.requires_grad:
+        elif up is not None and left is None and out.is_contiguous() and not y.requires_grad and out.dtype == up.dtype:
             out.view(-1, out.shape[-1]).addmm_(hidden.reshape(-1, hidden.shape[-1]), up.T)
             return
         elif up is not None:

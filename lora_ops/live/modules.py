@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import TargetError
+from ..inplace import AsWritten
 
 CONVOLUTION = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}  # by dimensions of the kernel
 REMEDY = "Use mode patch for this LoRA."
@@ -74,7 +75,10 @@ class Link:
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         y = self.below(x, *args, **kwargs)
-        return self.hook.added(x, y, alone=self.alone) if self.active else y
+        if not self.active:
+            return y
+        with AsWritten():
+            return self.hook.added(x, y, alone=self.alone)
 
     def bare(self, x: Tensor) -> Tensor:
         """The module's own output, to which no hook has added anything."""

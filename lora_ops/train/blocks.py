@@ -3,34 +3,17 @@ convolutions gave (frozen.Answers)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..inplace import OutOfPlace
 from .frozen import Answers, is_map
 from .memory import probing
-
-# What x += y calls, which autograd forbids where x is kept for the backward pass -> what leaves x as it is. Python
-# gives the result to the name on the left, so a block that adds in place and returns what it made goes on with the sum.
-_IN_PLACE: Mapping[Any, Any] = {
-    Tensor.add_: Tensor.add,
-    Tensor.sub_: Tensor.sub,
-    Tensor.mul_: Tensor.mul,
-    Tensor.div_: Tensor.div,
-}
-
-
-class OutOfPlace(TorchFunctionMode):
-    """While inside, augmented assignments of tensors make new ones. Who calls add_ and drops its result loses it: a
-    model must be seen to answer the same."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _IN_PLACE.get(func, func)(*args, **(kwargs or {}))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

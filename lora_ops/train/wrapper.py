@@ -19,6 +19,7 @@ from torch.nn import functional
 from ..adapters import Adapter, Additive, DoRA, LowRank, Transform
 from ..adapters.base import Product
 from ..errors import AdapterError, TargetError
+from ..inplace import AsWritten
 from ..live.modules import CONVOLUTION, Kind, Link, kind_of
 from .frozen import Cast, Forward, WeightOf, frozen, is_map, stored_weight
 from .places import Place
@@ -290,7 +291,8 @@ class Turn(Link):
         if not self.active or args or kwargs:  # with more than its input it is no plain map
             return self.below(x, *args, **kwargs)
         hook: Any = self.hook
-        return hook.ran(self.below, x)
+        with AsWritten():
+            return hook.ran(self.below, x)
 
     def bare(self, x: Tensor) -> Tensor:
         """For what looks at the module's own output while something trains on it: with its gradient."""

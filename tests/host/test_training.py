@@ -349,6 +349,35 @@ def test_what_trains_looks_at_no_weight_beside_which_a_lora_runs_live(train, mod
     Session(train, "flux", under)
 
 
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("family", ["sd15", "flux"])
+def test_on_a_live_lora_checkpointing_gives_the_same_gradients_and_no_gradient_the_same_answer(
+    train, samples, apply, family, turned, autocast
+):
+    """Also of a model that writes into its own tensors, where the live hooks write into theirs."""
+    model = inside.model(family)
+    tensors = samples(model, 0, seed=1)
+    if turned:
+        ups = {
+            key.removesuffix(".lora_up.weight"): up for key, up in tensors.items() if key.endswith(".lora_up.weight")
+        }
+        tensors |= {f"{module}.dora_scale": 1 + noise(len(up), 1, seed=5) ** 2 for module, up in ups.items()}
+    session = Session(train, family, apply(model, (tensors, 0.7), mode="live"), autocast=autocast)
+    (loss, plain), (again, computed) = (
+        session.gradients(checkpointing=checkpointing, autocast=autocast) for checkpointing in (False, True)
+    )
+    close = 1e-5 if autocast is None else 2e-2  # of sums in float32, and of bfloat16's
+    assert again == pytest.approx(loss, rel=close)
+    assert all((computed[name] - plain[name]).norm() <= close * plain[name].norm() for name in plain)
+    with torch.inference_mode(), session.running(checkpointing=True, autocast=autocast):
+        args = session.run, [session.item], session.model.predict, session.model.sampling, session.timesteps
+        found = train.loop.validate(*args)
+        with session.wrapper.base_only():
+            session.model._out_of_place = False
+            assert found == pytest.approx(train.loop.validate(*args), rel=close)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
 def test_models_of_other_types_learn(train, dtype):
     patcher = inside.model("flux", dtype)

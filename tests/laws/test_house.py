@@ -17,6 +17,7 @@ ORDER = (
     "errors",
     "files",
     "algebra",
+    "inplace",
     "adapters",
     "alpha",
     "lora",
