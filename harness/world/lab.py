@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +19,22 @@ from harness.server import MOUNT
 from . import host, pictures, reading
 from .pictures import CELL, Scene
 
+OFF = {"key": "off"}  # Settings' choices for preservation
+ANSWERS = {"key": "regularisation pictures"}
+
+
+def class_word(word: str, weight: float = 1.0) -> dict[str, Any]:
+    """This word for zorp."""
+    return {"key": "class word", "class_word": word, "trigger_word": pictures.TRIGGER, "weight": weight}
+
 
 class Shot(NamedTuple):
-    """A picture to learn from. mask weighs its cells (1, CELLS, CELLS); weight and of_base are a training item's."""
+    """A picture to learn from. mask weighs its cells (1, CELLS, CELLS)."""
 
     caption: str
     picture: Tensor
     mask: Tensor | None = None
-    weight: float = 1.0
-    of_base: bool = False
+    regularisation: bool = False
 
 
 class Marks(NamedTuple):
@@ -91,33 +98,46 @@ class Lab:
         alpha: float | None = None,
         patterns: Sequence[str] = ("*",),
         rate: float = 4e-3,
+        preservation: Mapping[str, Any] = OFF,
         foreseen: Callable[[Any, int], None] = lambda needed, free: None,
         stepped: Callable[[Any, Any], None] = lambda done, session: None,
         **plan: Any,
     ) -> Any:
-        """A Lora. patterns are selectors' without a factor, none for attention's projections. For foreseen and stepped
-        see Model.learn."""
+        """A Lora. patterns are selectors' without a factor, none for attention's projections; preservation is Settings'
+        choice. For foreseen and stepped see Model.learn."""
         places, plans, select = (self.pack(f"lora_ops.{name}") for name in ("train.places", "train.plan", "select"))
         aims = tuple(places.Aim(select.Pattern.parse(text), rank, alpha) for text in patterns)
         descent = self.pack("lora_ops.train.optimizers").Descent(rate=rate, schedule="cosine", warmup=10)
         moments = self.pack("lora_ops.train.timesteps").Timesteps("logit_normal", mean=0.4, deviation=1.2, shift=1.0)
         chosen = {"batch": 4, "descent": descent, "timesteps": moments, "autocast": torch.bfloat16, **plan}
         model = self.pack("nodes.host.training").Model(self.base)
-        tokens, pooled = self.text([shot.caption for shot in shots])
         with torch.inference_mode():
-            latents = self.vae.encode(torch.stack([shot.picture.movedim(0, -1) for shot in shots]))
-            items = [
-                model.item(
-                    latents[number],
-                    [[tokens[number : number + 1], {"pooled_output": pooled[number : number + 1]}]],
-                    masks=() if shot.mask is None else (shot.mask,),
-                    weight=shot.weight,
-                    of_base=shot.of_base,
-                )
-                for number, shot in enumerate(shots)
-            ]
+            dataset = self.pack("lora_ops.train.preserving").preserved(self._dataset(shots), preservation, self._said)
+            items, _ = model.items(dataset)
             made = plans.Plan(steps=steps, aims=aims or (places.Aim(None, rank, alpha),), **chosen)
             return model.learn(made, items, name="zorp", foreseen=foreseen, stepped=stepped)
+
+    def _dataset(self, shots: Sequence[Shot]) -> Any:
+        datasets = self.pack("lora_ops.train.dataset")
+        said = self._said([shot.caption for shot in shots])
+        latents = self.vae.encode(torch.stack([shot.picture.movedim(0, -1) for shot in shots]))
+        made = [
+            datasets.Picture(
+                shot.caption,
+                (latent,),
+                (said[shot.caption],),
+                masks=() if shot.mask is None else (shot.mask,),
+                captions=(shot.caption,),
+                regularisation=shot.regularisation,
+            )
+            for shot, latent in zip(shots, latents, strict=True)
+        ]
+        return datasets.Dataset(tuple(made))
+
+    def _said(self, captions: Sequence[str]) -> dict[str, Any]:
+        """The CONDITIONING of each."""
+        pairs = ((caption, self.text([caption])) for caption in captions)
+        return {caption: [[tokens, {"pooled_output": pooled}]] for caption, (tokens, pooled) in pairs}
 
     def put(self, lora: Any, strength: float = 1.0, mode: str = "patch") -> Any:
         """A MODEL with the LoRA on it, as our nodes put it."""
