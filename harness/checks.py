@@ -19,6 +19,7 @@ from harness.comfy import PACK
 PYRIGHT_TIMEOUT = 300  # seconds; its first run fetches its program
 # All tests in two processes: those that have the host in theirs, which take longer, and all others.
 HALVES = (("tests/host",), ("tests", "--ignore=tests/host"))
+ON_HOST = ("tests/host/", "tests/server/", "tests/web/")  # those that need a real ComfyUI
 
 
 class Outcome(NamedTuple):
@@ -104,7 +105,7 @@ class _Run:
 
 
 def read_junit(text: str) -> list[Outcome]:
-    """Every test of a pytest --junitxml report. Those under tests/host and tests/web need a real ComfyUI."""
+    """Every test of a pytest --junitxml report."""
     outcomes = []
     for case in ElementTree.fromstring(text).iter("testcase"):
         skipped = case.find("skipped")
@@ -117,7 +118,7 @@ def read_junit(text: str) -> list[Outcome]:
             Outcome(
                 name=f"{place}.{case.get('name')}",
                 result=result,
-                on_host=f"{place}.".startswith(("tests.host.", "tests.web.")),
+                on_host=f"{place}.".replace(".", "/").startswith(ON_HOST),
                 reason="" if skipped is None else skipped.get("message", ""),
             )
         )

@@ -1,4 +1,5 @@
-"""Blocks: the repeated parts of a model, computed again in the backward pass instead of kept."""
+"""Blocks: the repeated parts of a model, computed again in the backward pass instead of kept, but for what their
+convolutions gave (frozen.Answers)."""
 
 from __future__ import annotations
 

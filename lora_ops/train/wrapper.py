@@ -70,11 +70,11 @@ class Wrapper:
             raise TargetError("is of no linear map or convolution, and cannot be trained.", module=key)
         self._aside: list[tuple[dict[str, Any], str, Any]] = []
 
-    def make_casts(self, dtype: torch.dtype) -> None:
+    def make_casts(self, dtype: torch.dtype, stays: Callable[[nn.Module], bool] = lambda _: True) -> None:
         """From here on to drop_casts, maps use copies of their weights as they are now where autocast asks for this
-        type of them."""
+        type of them. stays tells of modules whose weight stays the same from call to call."""
         for hook in self._hooks:
-            hook.cast = Cast.of(hook.module, dtype, hook.weight_of)
+            hook.cast = Cast.of(hook.module, dtype, hook.weight_of) if stays(hook.module) else None
 
     def drop_casts(self) -> None:
         for hook in self._hooks:

@@ -58,7 +58,7 @@ class Course:
         guided = bool(wires.model.model.model_config.unet_config.get("guidance_embed"))
         self.chosen = choose(settings.preset, self.family, self.model.sampling, guided=guided)
         self.plan = settings.plan(self.chosen, self.targets)
-        self.places = self.plan.places(self.targets)
+        self.places = self.model.places(self.plan)
         dataset = preserved(wires.dataset, settings.preservation, self._encoded)
         dataset = dataset if settings.masked else _without_masks(dataset)
         self.items, self.held_out = self.model.items(dataset, settings.guidance or self.chosen.guidance)

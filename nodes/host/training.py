@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from ...lora_ops.adapters import Transform
 from ...lora_ops.errors import TrainingError
 from ...lora_ops.lora import Lora, TargetMap
 from ...lora_ops.train import state
@@ -31,12 +32,14 @@ from ...lora_ops.train.memory import Estimate, Probe, estimate, out_of_memory, p
 from ...lora_ops.train.offload import Offload, offloaded
 from ...lora_ops.train.places import Place
 from ...lora_ops.train.plan import Beginning, Plan
+from ...lora_ops.train.starts import ALGEBRAS
 from ...lora_ops.train.timesteps import Timesteps, recommended
 from ...lora_ops.train.wrapper import Wrapper
+from . import live
 from .items import Items
 from .offloading import offload_of, offloadable, put_away
 from .patching import targets
-from .wrapping import Part, Prompt, Text, weight_of
+from .wrapping import Part, Prompt, Text, stays, weight_of
 
 T = TypeVar("T")
 NETWORK = "diffusion_model"
@@ -75,6 +78,20 @@ class Model(Part):
 
     def targets(self) -> TargetMap:
         return targets(self.patcher, self.text and self.text.clip)
+
+    def places(self, plan: Plan) -> tuple[Place, ...]:
+        """Where a plan trains on this model.
+
+        Raises TrainingError where what trains looks at a weight beside which a LoRA runs live: it would see another one
+        when it is put on after that.
+        """
+        where, algebra = plan.places(self.targets()), ALGEBRAS[plan.algebra]
+        beside = {key for part in self._parts for key in live.weights(part.patcher)}
+        for place in where if issubclass(algebra, Transform) else ():
+            if place.target.key in beside:
+                what = f"has a LoRA on it live, which {algebra.ALGEBRA} that trains there does not see."
+                raise TrainingError(what, module=place.module, remedy="Put that LoRA on in mode patch.")
+        return where
 
     def part(self, place: Place) -> Part:
         return self if place.target.part == "model" or self.text is None else self.text
@@ -152,7 +169,7 @@ class Model(Part):
             part.enter()
         if self._autocast is not None and self._casts_pay(self._autocast):
             for wrapper in self._wrappers:
-                wrapper.make_casts(self._autocast)
+                wrapper.make_casts(self._autocast, stays)
         comfy.model_management.in_training = True
         if self._offload is not None:
             self._offload.start()
@@ -318,7 +335,7 @@ class Model(Part):
             what = f"The plan trains {plans} text encoder, and {given} CLIP is given."
             raise TrainingError(what, remedy="Give both or none.")
         device, targets = self.patcher.load_device, self.targets()
-        where = plan.places(targets)
+        where = self.places(plan)
         timesteps = plan.timesteps or recommended(targets.family, self.sampling)
         resumed = path is not None and path.exists()
         if lora is not None:

@@ -13,13 +13,11 @@ from comfy.patcher_extension import CallbacksMP, PatcherInjection
 from comfy.quant_ops import QuantizedTensor
 from torch import Tensor, nn
 
-from ...lora_ops.adapters import Transform
 from ...lora_ops.errors import TrainingError
 from ...lora_ops.train.frozen import stored_weight
 from ...lora_ops.train.memory import copying
 from ...lora_ops.train.wrapper import Wrapper
 from .caches import hooks_of
-from .live import weights
 
 KEY = "lora_ops_train"
 
@@ -32,6 +30,11 @@ def weight_of(module: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return weight.dequantize().to(like.dtype) if isinstance(weight, QuantizedTensor) else weight, bias
 
 
+def stays(module: nn.Module) -> bool:
+    """Whether the host computes with one weight always: with none that it, or somebody, makes for each call."""
+    return not (getattr(module, "weight_function", None) or getattr(module, "bias_function", None))
+
+
 class Part:
     """A model of the host and its own clone of the patcher, with a wrapper in it while it trains."""
 
@@ -39,16 +42,7 @@ class Part:
         self.patcher, self.modules = patcher, modules
 
     def put(self, wrapper: Wrapper) -> None:
-        """The wrapper goes in before all other hooks, so that their gradients are autograd's.
-
-        Raises TrainingError where what trains looks at a weight beside which a LoRA runs live: it would see another one
-        when it is put on after that.
-        """
-        beside = weights(self.patcher)
-        for each in wrapper.trained:
-            if isinstance(each.adapter, Transform) and each.place.target.key in beside:
-                what = f"has a LoRA on it live, which {each.adapter.ALGEBRA} that trains there does not see."
-                raise TrainingError(what, module=each.place.module, remedy="Put that LoRA on in mode patch.")
+        """The wrapper goes in before all other hooks, so that their gradients are autograd's."""
         self.patcher.injections = {KEY: [_injection(wrapper)], **self.patcher.injections}
 
     @contextmanager

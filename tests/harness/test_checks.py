@@ -10,7 +10,7 @@ from harness import checks
 from harness.checks import Outcome, account, last_line, read_junit, succeeded
 
 REPORT = """<?xml version="1.0" encoding="utf-8"?>
-<testsuites name="pytest tests"><testsuite name="pytest" errors="1" failures="1" skipped="2" tests="6">
+<testsuites name="pytest tests"><testsuite name="pytest" errors="1" failures="1" skipped="2" tests="9">
 <testcase classname="tests.test_lora" name="test_reads"/>
 <testcase classname="tests.test_lora" name="test_lands"><failure message="no">assert 0</failure></testcase>
 <testcase classname="tests.test_lora" name="test_setup"><error message="broken fixture">…</error></testcase>
@@ -18,22 +18,24 @@ REPORT = """<?xml version="1.0" encoding="utf-8"?>
 <testcase classname="tests.host.test_patch" name="test_patches"/>
 <testcase classname="tests.host.test_gpu.TestCuda" name="test_streams"><skipped message="no CUDA">…</skipped></testcase>
 <testcase classname="tests.hosted" name="test_other"/>
+<testcase classname="tests.server.test_nodes" name="test_draws"/>
+<testcase classname="tests.web.test_rows" name="test_drags"/>
 </testsuite></testsuites>"""
 
 
 def test_every_test_is_counted_once():
     outcomes = read_junit(REPORT)
     assert [outcome.result for outcome in outcomes] == [
-        *("passed", "failed", "failed", "skipped", "passed", "skipped", "passed"),
+        *("passed", "failed", "failed", "skipped", "passed", "skipped", "passed", "passed", "passed"),
     ]
-    assert [outcome.on_host for outcome in outcomes] == [*[False] * 4, True, True, False]
-    assert last_line(outcomes) == "3 passed, 2 failed, 2 skipped"
+    assert [outcome.on_host for outcome in outcomes] == [*[False] * 4, True, True, False, True, True]
+    assert last_line(outcomes) == "5 passed, 2 failed, 2 skipped"
 
 
 def test_the_account_says_what_ran_on_the_host_what_did_not_and_why(monkeypatch):
     monkeypatch.setattr(checks.comfy, "version", lambda path: "0.33.0")
     assert account(read_junit(REPORT), Path("ComfyUI")) == [
-        "1 tests ran on the real host, ComfyUI 0.33.0",
+        "3 tests ran on the real host, ComfyUI 0.33.0",
         "not run: 1 × no peft",
         "not run: 1 × no CUDA",
         "FAILED tests.test_lora.test_lands",

@@ -12,7 +12,7 @@ from harness.inside import FAMILIES, patched_weights, run
 from harness.server import WorkflowError
 from tests.host.test_live import footprint, near, unchanged
 from tests.host.test_patching import host_apply
-from tests.host.test_server import FLUX, STACK, node_of, picture, receipts, stacked
+from tests.server.test_nodes import FLUX, STACK, node_of, picture, receipts, stacked
 
 UNET = "role:cross-attn=0.3, input_blocks.0-4=-2, middle_block=0"
 BLOCKS = {"sd15": UNET, "sdxl": UNET, "flux": "role:mlp=0.3, *.attn.to_k=0"}

@@ -108,3 +108,12 @@ def test_a_package_that_is_missing_is_named_before_anything_is_written(ours, lea
     with pytest.raises(ours("lora_ops.errors").TrainingError, match=r"pip install bitsandbytes"):
         learned(optimizer={**ADAM, "optimizer": "adamw8bit"})
     assert not (tmp_path / "lora_ops" / "ink").exists()
+
+
+def test_dora_where_a_lora_runs_live_is_refused_before_anything_is_written(
+    ours, learned, given, samples, apply, tmp_path
+):
+    under = apply(given["model"], (samples(given["model"], 0, seed=1), 1.0), mode="live")
+    with pytest.raises(ours("lora_ops.errors").TrainingError, match="has a LoRA on it live, which DoRA"):
+        learned(model=under, adapter={"adapter": "dora"})
+    assert not (tmp_path / "lora_ops" / "ink").exists()

@@ -49,7 +49,7 @@ class Session:
             self.plan = train.plan.Plan(**{"steps": 8, "descent": train.optimizers.Descent(rate=3e-2)} | plan)
             self.item = self.model.item(noise(*CASES[family][2], seed=3), conditioning(family))
             targets = self.model.targets()
-            self.where = self.plan.places(targets)
+            self.where = self.model.places(self.plan)
             self.timesteps = train.timesteps.recommended(targets.family, self.model.sampling)
             begun = self.model.begin(self.plan, self.where, [self.item], self.timesteps)
             weights = train.host.weight_of
@@ -345,7 +345,8 @@ def test_a_model_kept_from_a_sample_refuses_to_run_and_takes_nothing_with_it(tra
 def test_what_trains_looks_at_no_weight_beside_which_a_lora_runs_live(train, models, samples, apply):
     under = apply(models["flux"], (samples(models["flux"], 0, seed=1), 1.0), mode="live")
     with pytest.raises(train.errors.TrainingError, match="has a LoRA on it live, which DoRA"):
-        Session(train, "flux", under, algebra="dora").gradients()
+        Session(train, "flux", under, algebra="dora")
+    Session(train, "flux", under)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
@@ -355,6 +356,30 @@ def test_models_of_other_types_learn(train, dtype):
     loss, lower = Session(train, "flux", patcher).learn()
     assert lower < 0.9 * loss
     assert all(torch.equal(tensor.float(), before[key].float()) for key, tensor in inside.weights(patcher).items())
+
+
+def test_weights_are_kept_as_autocast_makes_them_but_for_those_that_are_made_for_each_call(train):
+    """On a processor with room for them, and until the model is done."""
+    from comfy.patcher_extension import CallbacksMP
+
+    patcher, scale = inside.model("flux"), 1.0
+    module = patcher.model.diffusion_model.double_blocks[0].img_attn.proj
+    function = [lambda weight: weight * scale]
+    patcher.add_callback(CallbacksMP.ON_LOAD, lambda *_: setattr(module, "weight_function", function))
+    session = Session(train, "flux", patcher, autocast=torch.bfloat16)
+    predict = session.model.predict
+
+    def answer():
+        level = torch.full((1,), 0.5)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return predict(session.item.guise().latent[None].float(), level, [session.item.guise().condition])
+
+    with torch.inference_mode(), session.running(autocast=torch.bfloat16):
+        kept = {hook.module for hook in session.wrapper._hooks if hook.cast is not None}
+        assert len(kept) == len(session.wrapper._hooks) - 1 and module not in kept
+        first, scale = answer(), 3.0
+        assert not torch.equal(answer(), first)
+    assert session.wrapper.casts == 0
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

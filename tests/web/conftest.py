@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness import comfy, small
+from harness import small
 from harness.server import Server, link
 from tests.web.page import PATIENCE, Page
 
@@ -20,12 +20,6 @@ FLAGS = (
     *("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--disable-extensions", "--no-proxy-server"),
 )
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "tests/web/" in item.path.as_posix():
-            item.add_marker(pytest.mark.host)
 
 
 @pytest.fixture(scope="session")
@@ -49,11 +43,8 @@ def browser(tmp_path_factory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    path = comfy.find()
-    if path is None:
-        pytest.skip("ComfyUI not found: set COMFYUI_PATH")
-    running = Server(path, models=small.cached(path, "sd15"))
+def server(comfy_path) -> Iterator[Server]:
+    running = Server(comfy_path, models=small.cached(comfy_path, "sd15"))
     link(Path(__file__).with_name("stand_in.py"), running.base / "custom_nodes" / "stand_in.py")
     with running:
         yield running

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from harness.server import WorkflowError
-from tests.host.test_server import FLUX, STACK, node_of, picture, receipts, stacked, without_loras
+from tests.server.test_nodes import FLUX, STACK, node_of, picture, receipts, stacked, without_loras
 
 
 def behind(prompt: dict, kind: str, node: dict) -> dict:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from harness import demo
 from harness.server import Server, WorkflowError
-from tests.host.test_server import FLUX, STACK, node_of, picture, receipts, stacked, without_loras
+from tests.server.test_nodes import FLUX, STACK, node_of, picture, receipts, stacked, without_loras
 
 
 def pixels(png: bytes) -> np.ndarray:

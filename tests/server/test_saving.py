@@ -18,7 +18,7 @@ from harness import small
 from harness.server import WorkflowError
 from lora_ops.files import read, read_header, read_tensors
 from lora_ops.recipe import Recipe
-from tests.host.test_server import STACK, node_of, picture, without_loras
+from tests.server.test_nodes import STACK, node_of, picture, without_loras
 
 BASE = Path(small.FILES["sd15"][0])  # checkpoints/…
 ASKED = {

@@ -15,7 +15,7 @@ import pytest
 
 from harness.server import WorkflowError
 from lora_ops.files import read, write
-from tests.host.test_server import STACK, node_of
+from tests.server.test_nodes import STACK, node_of
 
 TIMES = int(os.environ.get("LORA_OPS_CHANGES", "2"))  # of each; a release deserves a hundred
 TICK = 0.02  # seconds: some clocks of files stand still that long
