@@ -25,31 +25,26 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 def inputs_of(entries, prefix=""):
-    """Every input with its name on the wire, those within a dynamic combo too; what several choices have, once each."""
+    """Where the front end looks for an input's texts -> the input; those within a dynamic combo too."""
     for entry in entries:
-        yield prefix + entry.id, entry
+        yield f"inputs.{prefix}{entry.id}", entry
         for choice in getattr(entry, "options", None) or ():
-            yield from inputs_of(getattr(choice, "inputs", ()), f"{prefix}{entry.id}.")
-
-
-def choices(entry) -> list[str]:
-    return [getattr(each, "key", each) for each in getattr(entry, "options", None) or ()]
+            yield from inputs_of(getattr(choice, "inputs", ()), f"{prefix}{entry.id}_")
 
 
 @pytest.fixture(scope="module")
 def schemas(pack):
     nodes = asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())
-    return {schema.node_id: schema for schema in (node.define_schema() for node in nodes)}
+    return [node.define_schema() for node in nodes]
 
 
 @pytest.fixture(scope="module")
 def english(schemas) -> dict[str, dict[str, str]]:
     """Node -> where the front end looks for a text -> the text."""
     found = {}
-    for node, schema in schemas.items():
-        texts = found[node] = {"display_name": schema.display_name, "description": schema.description}
-        for name, entry in inputs_of(schema.inputs):
-            at = f"inputs.{name.replace('.', '_')}"
+    for schema in schemas:
+        texts = found[schema.node_id] = {"display_name": schema.display_name, "description": schema.description}
+        for at, entry in inputs_of(schema.inputs):
             texts |= {f"{at}.name": entry.display_name or entry.id, f"{at}.tooltip": entry.tooltip}
         for number, entry in enumerate(schema.outputs):
             if entry.display_name != entry.io_type:  # else the front end shows its own word for the type
@@ -73,55 +68,54 @@ def test_every_text_is_translated_and_nothing_else(english, language):
     assert {node: list(texts) for node, texts in found.items()} == {
         node: list(texts) for node, texts in english.items()
     }
-    untranslated = [
+    assert not [
         f"{node}: {at}"
         for node, texts in english.items()
         for at, text in texts.items()
         if found[node][at].strip().lower() in ("", text.lower()) and text not in SAME
     ]
-    assert not untranslated
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_one_nodes_inputs_have_names_that_differ(english, language):
-    for node, texts in translated(language).items():
+def test_the_names_of_nodes_and_inputs_differ_and_tooltips_call_them_by_them(language):
+    found = translated(language)
+    titles = [texts["display_name"].removesuffix(" (LoRA Ops)") for texts in found.values()]
+    assert len(set(titles)) == len(titles)
+    for node, texts in found.items():
         names = [text for at, text in texts.items() if re.fullmatch(r"inputs\.\w+\.name", at)]
-        twice = {name for name in names if names.count(name) > 1}
-        assert not twice, node
+        assert len(set(names)) == len(names), node
+        for at, text in texts.items():
+            assert {*re.findall("[“「]([^”」]+)[”」]", text)} <= {*names, *titles}, f"{node}: {at}"
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_numbers_and_what_is_typed_literally_are_in_the_translation(schemas, english, language):
     missing = []
-    for node, found in translated(language).items():
-        entries = {f"inputs.{name.replace('.', '_')}.tooltip": entry for name, entry in inputs_of(schemas[node].inputs)}
-        names = {name: found[f"inputs.{name.replace('.', '_')}.name"] for name, _ in inputs_of(schemas[node].inputs)}
-        for at, text in english[node].items():
-            if at.endswith(".name") or at == "display_name":
+    for schema in schemas:
+        found, inputs = translated(language)[schema.node_id], dict(inputs_of(schema.inputs))
+        names = {at.removeprefix("inputs."): found[f"{at}.name"] for at in inputs}
+        for at, text in english[schema.node_id].items():
+            if at.endswith("name"):
                 continue
             words = [re.sub(r"(?<=[A-Z])s$", "", each.strip("().,;:")) for each in LITERAL.findall(text)]
-            words += [
-                each for each in choices(entries.get(at)) if re.search(rf"(?<!\w){re.escape(each)}(?=[:,]| and )", text)
+            chosen = [
+                getattr(each, "key", each)
+                for each in getattr(inputs.get(at.removesuffix(".tooltip")), "options", None) or ()
             ]
-            missing += [f"{node}: {at}: {word}" for word in words if names.get(word, word) not in found[at]]
-            numbers = set(NUMBER.findall(text)) - set(NUMBER.findall(found[at]))
-            missing += [f"{node}: {at}: {number}" for number in sorted(numbers)]
+            words += [each for each in chosen if re.search(rf"(?<!\w){re.escape(each)}(?=[:,]| and )", text)]
+            lost = [word for word in words if names.get(word, word) not in found[at]]
+            lost += {*NUMBER.findall(text)} - {*NUMBER.findall(found[at])}
+            missing += [f"{schema.node_id}: {at}: {each}" for each in lost]
     assert not missing
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_the_front_end_reads_a_text_as_it_is_written(language):
-    """vue-i18n takes these characters for its own; files that are written as one writes them by hand differ little."""
-    path = PACK / "locales" / language / "nodeDefs.json"
-    told = [
-        (node, at)
-        for node, texts in translated(language).items()
-        for at, text in texts.items()
-        if re.search("[{}@|]", text)
-    ]
-    assert not told
-    tree = json.loads(path.read_text("utf-8"))
-    assert path.read_bytes().decode() == json.dumps(tree, ensure_ascii=False, indent=2) + "\n"
+    text = (PACK / "locales" / language / "nodeDefs.json").read_bytes().decode()
+    assert text == json.dumps(json.loads(text), ensure_ascii=False, indent=2) + "\n"
+    special = "[{}@|]"  # to vue-i18n
+    found = translated(language)
+    assert not [f"{node}: {at}" for node in found for at, each in found[node].items() if re.search(special, each)]
 
 
 def test_no_english_text_has_changed_since_it_was_translated(english):
