@@ -236,8 +236,8 @@ class Model(Part):
             return found
         self._out_of_place, self._copying = False, True
         if checkpointing:
-            what = "The model, or a live LoRA on it, writes into its own tensors, which cannot be computed again."
-            raise TrainingError(what, remedy="Turn checkpointing off, or put the LoRA on it in mode patch.")
+            what = "The model, or what another extension runs in it, writes into its own tensors."
+            raise TrainingError(what, remedy="Turn checkpointing off: its blocks cannot be computed again.")
         return plain
 
     def foreseen(self, found: Probe, run: Run) -> Estimate:
