@@ -34,7 +34,7 @@ FRAME = "await new Promise(requestAnimationFrame);"
 ROUTE = """
     const {api} = window.comfyAPI.api, ask = api.fetchApi.bind(api);
     window.asked = [];
-    window.waiting = 0;
+    window.waiting ??= 0; // what an earlier test asked may still be under way
     api.fetchApi = async (path, ...rest) => {
         window.waiting++;
         try {
