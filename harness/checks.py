@@ -17,7 +17,7 @@ from harness import comfy
 from harness.comfy import PACK
 
 PYRIGHT_TIMEOUT = 300  # seconds; its first run fetches its program
-# All tests in two processes: those that have the host in theirs, which take longer, and all others.
+# All tests in two processes that take about as long: those that have the host in theirs, and all others.
 HALVES = (("tests/host",), ("tests", "--ignore=tests/host"))
 ON_HOST = ("tests/host/", "tests/server/", "tests/web/")  # those that need a real ComfyUI
 
